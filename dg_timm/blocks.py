@@ -1,0 +1,126 @@
+"""Where a graph touches timm's blocks: ready or dropped shortcuts, and node 0's projection (design: node 0).
+
+Where block 1 has a shortcut projection, that module also makes node 0's feature. It must run once a forward (run twice,
+its BatchNorm would mix two distributions), so the block takes its shortcut ready-made. These subclasses repeat the
+forward of timm's block up to that point; ``type(block)`` must match exactly, and the identity tests compare the two.
+"""
+
+import copy
+from typing import Optional
+
+import torch
+from timm.models import _efficientnet_blocks as effnet_blocks
+from timm.models import regnet, resnet
+from torch import Tensor, nn
+
+
+class ResNetBasicBlock(resnet.BasicBlock):
+    """timm's BasicBlock with the shortcut as an argument."""
+
+    def forward(self, x: Tensor, shortcut: Optional[Tensor] = None) -> Tensor:
+        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        x = self.bn2(self.conv2(self.aa(x)))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if shortcut is not None:
+            x += shortcut
+        return self.act2(x)
+
+
+class ResNetBottleneck(resnet.Bottleneck):
+    """timm's Bottleneck with the shortcut as an argument."""
+
+    def forward(self, x: Tensor, shortcut: Optional[Tensor] = None) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
+        x = self.bn3(self.conv3(self.aa(x)))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if shortcut is not None:
+            x += shortcut
+        return self.act3(x)
+
+
+class RegNetBottleneck(regnet.Bottleneck):
+    """timm's RegNet Bottleneck with the shortcut as an argument."""
+
+    def forward(self, x: Tensor, shortcut: Optional[Tensor] = None) -> Tensor:
+        x = self.conv3(self.se(self.conv2(self.conv1(x))))
+        if shortcut is not None:
+            x = self.drop_path(x) + shortcut
+        return self.act3(x)
+
+
+# timm's block class -> the same block with its shortcut as an argument
+SHORTCUT_AS_ARGUMENT: dict[type[nn.Module], type[nn.Module]] = {
+    resnet.BasicBlock: ResNetBasicBlock,
+    resnet.Bottleneck: ResNetBottleneck,
+    regnet.Bottleneck: RegNetBottleneck,
+}
+
+# Blocks whose shape-changing form has no shortcut at all, so that node 0 needs a projection of its own
+WITHOUT_SHORTCUT = (effnet_blocks.DepthwiseSeparableConv, effnet_blocks.InvertedResidual)
+
+
+def has_shortcut_projection(block: nn.Module) -> bool:
+    """Whether this block has a shortcut module that can serve as node 0's projection."""
+    return type(block) in SHORTCUT_AS_ARGUMENT and isinstance(block.downsample, nn.Module)
+
+
+def can_drop_shortcut(block: nn.Module) -> bool:
+    """Whether ``block_shortcut=False`` is offered for this block."""
+    return type(block) in SHORTCUT_AS_ARGUMENT or type(block) in WITHOUT_SHORTCUT
+
+
+def take_shortcut_as_argument(block: nn.Module) -> None:
+    """Turn a block, in place, into one that adds the shortcut it is given, or none."""
+    block.__class__ = SHORTCUT_AS_ARGUMENT[type(block)]
+
+
+def drop_shortcut(block: nn.Module) -> None:
+    """Turn a block, in place, into one without a shortcut: the graph's edges replace it."""
+    if type(block) in SHORTCUT_AS_ARGUMENT:
+        take_shortcut_as_argument(block)
+    else:
+        block.has_skip = False  # type: ignore[assignment]
+
+
+class Projection(nn.Module):
+    """Node 0's feature where block 1 has no shortcut: 1x1 convolution with block 1's stride, and norm; no activation.
+
+    Args:
+        in_chs, out_chs, stride: those of block 1.
+        norm: block 1's output norm; the projection's is made like it (TensorFlow's weights have an epsilon of their own).
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        norm: nn.Module,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.projects_input = True  # how a stage tells it from a block, also under TorchScript
+        self.conv = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, device=device, dtype=dtype)
+        self.bn = copy.deepcopy(norm).requires_grad_(True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        self.bn.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_chs, height, width) -> (batch, out_chs, ceil(height / stride), ceil(width / stride))."""
+        return self.bn(self.conv(x))
+
+
+def output_norm(block: nn.Module) -> nn.Module:
+    """The norm after the last convolution of a block in ``WITHOUT_SHORTCUT``."""
+    return block.bn3 if isinstance(block, effnet_blocks.InvertedResidual) else block.bn2

@@ -1,0 +1,98 @@
+"""Between static and dynamic state dicts: complete a static one to the identity, and name what does not fit."""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dg_timm.blocks import Projection
+from dg_timm.router import Router
+from dg_timm.stage import DGStage
+
+_MOST = 8  # keys of each kind that an error names
+_GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
+
+
+def graph_stages(model: nn.Module) -> dict[str, DGStage]:
+    """The graphs of a model by name, in the order in which they run."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DGStage)}
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """The routers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+def is_static(state_dict: Iterable[str]) -> bool:
+    """Whether these are the keys of a static network: no router, no projection."""
+    return not any(_GRAPH_KEY.search(key) for key in state_dict)
+
+
+def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a static state dict into that of the identity-converted ``model``; a dynamic one comes back as it is.
+
+    Raises:
+        ValueError: if the model's options leave no identity (``edge_scale=False`` or ``block_shortcut=False``).
+    """
+    state_dict = dict(state_dict)
+    if not is_static(state_dict):
+        return state_dict
+    for name, stage in graph_stages(model).items():
+        if not (stage.edge_scale and stage.block_shortcut):
+            raise ValueError(
+                "a static checkpoint can't be loaded with edge_scale=False or block_shortcut=False: such a network is "
+                "another function from the start. Leave both at True, or train it from scratch (pretrained=False)"
+            )
+        for child_name, child in stage.named_children():
+            if isinstance(child, (Router, Projection)):
+                if isinstance(child, Router):
+                    child = copy.deepcopy(child)
+                    child.reset_parameters(identity=True)
+                for key, value in child.state_dict().items():
+                    state_dict[f"{name}.{child_name}.{key}"] = value
+    return state_dict
+
+
+def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str, ...] = ("",)) -> None:
+    """Compare names and shapes before anything is copied.
+
+    Args:
+        within: prefixes of the keys to compare; all by default.
+
+    Raises:
+        RuntimeError: naming the missing, unexpected (with the nearest right one) and mis-shaped keys.
+    """
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(within)}
+    given = {key: value for key, value in state_dict.items() if key.startswith(within)}
+    missing = [key for key in own if key not in given]
+    extra = [key for key in given if key not in own]
+    shapes = [
+        f"'{key}': {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for key, value in own.items()
+        if isinstance(value, Tensor) and key in given and given[key].shape != value.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing {_some(repr(key) for key in missing)}")
+    if extra:
+        problems.append(f"unexpected {_some(_with_nearest(key, missing or list(own)) for key in extra)}")
+    if shapes:
+        problems.append(f"mis-shaped {_some(shapes)}")
+    if problems:
+        raise RuntimeError(
+            f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; "
+            "check that the model's name and options (num_classes, edge_scale, block_shortcut) are those of the checkpoint"
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    return ", ".join(items[:_MOST]) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
+
+
+def _with_nearest(key: str, candidates: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+    return f"'{key}'" + (f" (nearest: '{nearest[0]}')" if nearest else "")

@@ -1,0 +1,68 @@
+"""The router of one node (paper 3.3, Eqs. 4 and 5; Fig. 3a: a node weighs its output edges)."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dg_timm.graph import edge_weights
+
+
+class Router(nn.Module):
+    """Global average pool, one fully-connected layer, sigmoid, times a learned scale per edge, cut at a threshold.
+
+    Args:
+        in_chs: channels of the node's feature.
+        first_target: index of the node's first successor; the row holds edges to ``first_target..last_target``.
+        last_target: index of the stage's output node.
+        edge_scale: False drops the scale, so that the weights are the paper's alpha.
+    """
+
+    fixed_threshold: Optional[float]
+
+    def __init__(
+        self,
+        in_chs: int,
+        first_target: int,
+        last_target: int,
+        edge_scale: bool = True,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.first_target = first_target
+        self.out_degree = last_target - first_target + 1
+        self.fc = nn.Linear(in_chs, self.out_degree, device=device, dtype=dtype)
+        scale = torch.empty(self.out_degree, device=device, dtype=dtype)
+        self.register_parameter("scale", nn.Parameter(scale) if edge_scale else None)
+        # 0 leaves every edge of a fresh network open, also those of scale 0; below 0 means the same and stays trainable.
+        self.threshold = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.fixed_threshold = None  # set_threshold: stands in for the learned one at run time, and is never saved
+        self.reset_parameters(identity=False)
+
+    @torch.no_grad()
+    def reset_parameters(self, identity: bool) -> None:
+        """Start from the identity (only the edge to the next node, at weight 1) or from the mean of predecessors."""
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.threshold)
+        if self.scale is not None:
+            for k in range(self.out_degree):
+                in_degree = self.first_target + k
+                self.scale[k] = 2.0 * (k == 0) if identity else 2.0 / in_degree
+
+    def forward(self, x: Tensor, reached: Optional[Tensor] = None) -> Tensor:
+        """Weights of the edges that leave this node: (batch, channels, height, width) -> (batch, out-degree).
+
+        ``reached``: (batch, 1) bool, False for the images for which this node is removed.
+        """
+        threshold = self.threshold
+        fixed = self.fixed_threshold
+        if fixed is not None:
+            threshold = torch.full_like(threshold, fixed)
+        logits = F.linear(x.mean((2, 3)), self.fc.weight, self.fc.bias)
+        return edge_weights(logits, self.scale, threshold, reached)
+
+    def extra_repr(self) -> str:
+        return f"targets={self.first_target}..{self.first_target + self.out_degree - 1}"

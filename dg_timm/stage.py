@@ -1,0 +1,162 @@
+"""One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
+
+from typing import Dict, List, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dg_timm import blocks as _blocks
+from dg_timm import graph
+from dg_timm.router import Router
+from dg_timm.stages import StagePlan
+
+
+class DGStage(nn.Module):
+    """A run of timm's blocks, wired per image.
+
+    The blocks keep their names; beside them stand ``router0`` (of the input node), ``router1`` .. ``routerB`` (of the
+    blocks) and, where block 1 has no shortcut, ``projection``. The static stage's state dict is a subset of this one's.
+
+    Args:
+        container: the static stage; its children move here.
+        plan: from :func:`dg_timm.stages.find_stages`.
+        identity: start as the static network, bit for bit; otherwise every node starts from its predecessors' mean.
+        edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
+        block_shortcut: False drops the blocks' own shortcuts; the graph's edges replace them.
+    """
+
+    # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
+    # another and never run the graph.
+    __iter__ = None
+
+    def __init__(
+        self,
+        container: nn.Module,
+        plan: StagePlan,
+        *,
+        identity: bool,
+        edge_scale: bool = True,
+        block_shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        self.identity = identity
+        self.edge_scale = edge_scale
+        self.block_shortcut = block_shortcut
+        self.grad_checkpointing = False
+        self.num_entry = len(plan.entry)
+        self.block_names = plan.blocks
+        like = next(container.parameters())
+        output = len(plan.blocks) + 1
+
+        def add_router(node: int) -> None:
+            router = Router(plan.out_chs, node + 1, output, edge_scale, device=like.device, dtype=like.dtype)
+            self.add_module(f"router{node}", router)
+
+        for name in plan.entry:
+            self.add_module(name, container.get_submodule(name))
+        first = container.get_submodule(plan.blocks[0])
+        if plan.node0 == "projection":
+            norm = _blocks.output_norm(first)
+            self.projection = _blocks.Projection(
+                plan.in_chs, plan.out_chs, plan.stride, norm, device=like.device, dtype=like.dtype
+            )
+        add_router(0)
+        for node, name in enumerate(plan.blocks, start=1):
+            self.add_module(name, container.get_submodule(name))
+            add_router(node)
+        self.train(container.training)
+        self.reset_graph_parameters()
+
+    def adapt_blocks(self, plan: StagePlan) -> None:
+        """Change timm's blocks where the graph needs it. Apart from ``__init__``, so that planning can still fail."""
+        blocks = [self.get_submodule(name) for name in self.block_names]
+        if not self.block_shortcut:
+            for block in blocks:
+                _blocks.drop_shortcut(block)
+        elif plan.node0 == "shortcut":
+            _blocks.take_shortcut_as_argument(blocks[0])
+        if plan.node0 == "shortcut":
+            blocks[0].projects_shortcut = True  # type: ignore[assignment]
+
+    def reset_graph_parameters(self) -> None:
+        """Start routers, scales, thresholds and projection afresh; the blocks are left alone."""
+        for module in self.children():
+            if isinstance(module, Router):
+                module.reset_parameters(self.identity)
+            elif isinstance(module, _blocks.Projection):
+                module.reset_parameters()
+
+    @torch.jit.unused
+    def graph_modules(self) -> Dict[str, str]:
+        """Names of what the graph adds, each with the name of the block it belongs to."""
+        added = {f"router{node}": self.block_names[max(node, 1) - 1] for node in range(len(self.block_names) + 1)}
+        if hasattr(self, "projection"):
+            added["projection"] = self.block_names[0]
+        return added
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
+
+        This is the one place that decides what is computed. It is dense: every edge is multiplied and every block runs
+        for every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
+        """
+        return self.dense(x)
+
+    def dense(self, x: Tensor) -> Tensor:
+        # Written over children(), with hasattr to tell them apart: TorchScript resolves both when it unrolls the loop.
+        features: List[Tensor] = []  # of the nodes up to the last one that ran
+        rows: List[Tensor] = []  # weights of the edges that leave each of them
+        weights = x  # of the edges that enter the last node; set before it is read
+        node0 = x
+        for child in self.children():
+            if hasattr(child, "projects_shortcut"):
+                node0 = child.downsample(x)  # once: block 1 takes its shortcut from here
+        for index, child in enumerate(self.children()):
+            if hasattr(child, "out_degree"):
+                if len(features) == 0:
+                    rows.append(child(node0))
+                else:
+                    rows.append(child(features[-1], graph.reached(weights)))
+            elif hasattr(child, "projects_input"):
+                node0 = child(x)
+            elif hasattr(child, "projects_shortcut"):
+                weights = graph.column(rows, 1)
+                shortcut: Optional[Tensor] = None
+                if self.block_shortcut:
+                    shortcut = graph.aggregate([node0], weights)
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    out = checkpoint(_run_node, child, weights, shortcut, x, use_reentrant=False)
+                else:
+                    out = child(graph.aggregate([x], weights), shortcut)
+                features = [node0, out]
+            elif index < self.num_entry:
+                x = child(x)
+                node0 = x
+            else:
+                sources = features if len(features) > 0 else [x]  # block 1 reads the stage's input, not its projection
+                weights = graph.column(rows, len(rows))
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    out = checkpoint(_run_node, child, weights, None, *sources, use_reentrant=False)
+                else:
+                    out = child(graph.aggregate(sources, weights))
+                features = (features if len(features) > 0 else [node0]) + [out]
+        return graph.aggregate(features, graph.column(rows, len(rows)))
+
+    @torch.jit.unused
+    def __len__(self) -> int:
+        return self.num_entry + len(self.block_names)
+
+    @torch.jit.unused
+    def __getitem__(self, index: Union[int, slice]) -> Union[nn.Module, List[nn.Module]]:
+        """The static stage's blocks, by position (``model.layer4[-1]`` is what Grad-CAM tools ask for)."""
+        static = [m for m in self.children() if not isinstance(m, (Router, _blocks.Projection))]
+        return static[index]
+
+    def extra_repr(self) -> str:
+        return f"nodes={len(self.block_names) + 2}, edge_scale={self.edge_scale}, block_shortcut={self.block_shortcut}"
+
+
+def _run_node(block: nn.Module, weights: Tensor, shortcut: Optional[Tensor], *sources: Tensor) -> Tensor:
+    z = graph.aggregate(list(sources), weights)
+    return block(z) if shortcut is None else block(z, shortcut)

@@ -1,0 +1,126 @@
+"""The model zoo: every row of VARIANTS is a timm model with a ``dg_`` twin, registered on import.
+
+Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into the
+identity-converted network. Weights trained as dynamic networks get tags of their own once they exist.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from torch import nn
+
+from dg_timm import checkpoint
+from dg_timm.convert import dynamize
+
+VARIANTS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "mobilenetv2_050",
+    "mobilenetv2_100",
+    "mobilenetv2_140",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "regnetx_002",
+    "regnetx_004",
+    "regnetx_006",  # the paper's DG-Net-A
+    "regnetx_008",
+    "regnetx_016",
+    "regnetx_032",
+    "regnety_002",
+    "regnety_004",
+    "regnety_006",  # the paper's DG-Net-B
+    "regnety_008",
+    "regnety_016",
+    "regnety_032",
+)
+
+
+def _twin(name: str) -> str:
+    architecture, dot, tag = name.partition(".")
+    return f"dg_{architecture}{dot}{tag}"
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        _twin(name): dataclasses.replace(cfg, architecture=None)
+        for variant in VARIANTS
+        for name, cfg in get_arch_pretrained_cfgs(variant).items()
+    }
+)
+
+
+def _create(
+    variant: str,
+    pretrained: bool = False,
+    *,
+    edge_scale: bool = True,
+    block_shortcut: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build ``dg_<variant>``: the static network from timm's own entrypoint, made dynamic, then loaded and wrapped.
+
+    Without weights every node starts from the mean of its predecessors; a static checkpoint starts as the identity.
+
+    Args:
+        edge_scale, block_shortcut: as in :func:`dg_timm.dynamize`.
+        **kwargs: what timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
+    """
+    static_entrypoint = model_entrypoint(variant)
+    module = sys.modules[static_entrypoint.__module__]
+    static_filter = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        static = static_entrypoint(pretrained=False, **model_kwargs)
+        return dynamize(static, identity=False, edge_scale=edge_scale, block_shortcut=block_shortcut)
+
+    # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
+    feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
+    try:
+        return build_model_with_cfg(
+            build,
+            _twin(variant),
+            pretrained,
+            pretrained_filter_fn=_weights_filter(static_filter),
+            feature_cfg=feature_cfg,
+            **kwargs,
+        )
+    except SafetensorError as error:
+        raise RuntimeError(
+            f"the weights of {_twin(variant)} can't be read: {error}. The safetensors file is truncated or damaged; "
+            "fetch it again"
+        ) from error
+
+
+def _weights_filter(static_filter: Any) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
+    def to_dynamic(state_dict: dict[str, Any], model: nn.Module) -> Mapping[str, Any]:
+        if static_filter is not None:
+            state_dict = static_filter(state_dict)
+        state_dict = checkpoint.to_identity(model, state_dict)
+        # timm loads loosely when it adapts the classifier; what lies in a graph must fit all the same
+        checkpoint.check_fit(model, state_dict, within=tuple(f"{name}." for name in checkpoint.graph_stages(model)))
+        return state_dict
+
+    return to_dynamic  # type: ignore[return-value]
+
+
+def _register(variant: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = _twin(variant)
+    entrypoint.__doc__ = f"timm's {variant} as a dynamic graph network; takes what {variant} takes, and see _create."
+    setattr(sys.modules[__name__], entrypoint.__name__, register_model(entrypoint))
+
+
+__all__ = ["VARIANTS"]
+for _variant in VARIANTS:
+    _register(_variant)
