@@ -94,6 +94,9 @@ class Projection(nn.Module):
 
     Args:
         in_chs, out_chs, stride: those of block 1.
+        num_blocks: of the stage. These blocks have linear outputs, each of which adds about unit variance in the static
+            stage; node 0's feature starts at the standard deviation sqrt(num_blocks) of that stage's output. At 1 the
+            mean over predecessors would start 4-block stages at 0.42 of the static standard deviation.
         norm: block 1's output norm; the projection's is made like it (TensorFlow's weights have an epsilon of their own).
     """
 
@@ -102,11 +105,13 @@ class Projection(nn.Module):
         in_chs: int,
         out_chs: int,
         stride: int,
+        num_blocks: int,
         norm: nn.Module,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
+        self.num_blocks = num_blocks
         self.projects_input = True  # how a stage tells it from a block, also under TorchScript
         self.conv = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, device=device, dtype=dtype)
         self.bn = copy.deepcopy(norm).requires_grad_(True)
@@ -115,6 +120,8 @@ class Projection(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
         self.bn.reset_parameters()
+        if self.bn.weight is not None:
+            nn.init.constant_(self.bn.weight, self.num_blocks**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chs, height, width) -> (batch, out_chs, ceil(height / stride), ceil(width / stride))."""

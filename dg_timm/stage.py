@@ -59,7 +59,7 @@ class DGStage(nn.Module):
         if plan.node0 == "projection":
             norm = _blocks.output_norm(first)
             self.projection = _blocks.Projection(
-                plan.in_chs, plan.out_chs, plan.stride, norm, device=like.device, dtype=like.dtype
+                plan.in_chs, plan.out_chs, plan.stride, len(plan.blocks), norm, device=like.device, dtype=like.dtype
             )
         add_router(0)
         for node, name in enumerate(plan.blocks, start=1):
@@ -94,6 +94,13 @@ class DGStage(nn.Module):
         if hasattr(self, "projection"):
             added["projection"] = self.block_names[0]
         return added
+
+    @torch.jit.unused
+    def edge_reads(self, source: int, feature: int) -> int:
+        """Elements that all edges read for one image, given those of the stage's input and of a node's feature."""
+        nodes = len(self.block_names) + 2
+        takes_shortcut = any(hasattr(child, "projects_shortcut") for child in self.children()) and self.block_shortcut
+        return (nodes * (nodes - 1) // 2 - 1) * feature + source + takes_shortcut * feature
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').

@@ -6,9 +6,9 @@ where every child is a *block*: a module that holds convolutions (and at least t
 block from a convolution with its norm) and maps one image-shaped tensor to one. Names and classes play no part in this.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -66,32 +66,43 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     return plans
 
 
+def run_on_meta(
+    model: nn.Module,
+    hook: Callable[[nn.Module, tuple, dict, Any], None],
+    input_size: Optional[tuple[int, int, int]] = None,
+) -> None:
+    """Run the model once on the meta device: ``hook(module, args, kwargs, result)`` sees every call, with shapes only.
+
+    Args:
+        input_size: (channels, height, width); by default what the model's configuration names, or 3 x 224 x 224.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = input_size or cfg.get("input_size") or (3, 224, 224)
+    if input_size is None:
+        channels = getattr(model, "in_chans", channels)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    # Two images: BatchNorm in train mode refuses a single value for each channel.
+    images = torch.empty(2, channels, height, width, dtype=dtype, device="meta")
+    tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            functional_call(model, tensors, (images,))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _record_calls(model: nn.Module) -> dict[nn.Module, Call]:
-    """One forward on the meta device; modules called exactly once, with one 4-D tensor in and one out."""
+    """Modules that are called exactly once, with one 4-D tensor in and one out."""
     calls: dict[nn.Module, Optional[Call]] = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
         image_like = len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 4 for t in (*args, result))
         calls[module] = Call(args[0], result) if image_like and module not in calls else None  # type: ignore[arg-type]
 
-    tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            functional_call(model, tensors, (_meta_images(model),))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_on_meta(model, record)
     return {module: call for module, call in calls.items() if call is not None}
-
-
-def _meta_images(model: nn.Module) -> Tensor:
-    """A batch of the size the model's configuration names (2 images: BatchNorm in train mode refuses a single value)."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = cfg.get("input_size") or (3, 224, 224)
-    channels = getattr(model, "in_chans", channels)
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    return torch.empty(2, channels, height, width, dtype=dtype, device="meta")
 
 
 def _is_run_of_blocks(module: nn.Module, calls: dict[nn.Module, Call]) -> bool:

@@ -1,0 +1,44 @@
+"""Parameters and multiply-adds of the zoo, against the paper's Table 1.
+
+    python train_scripts/complexity.py          # the rows of Table 1
+    python train_scripts/complexity.py --all    # the whole zoo, as the Markdown table of the README
+"""
+
+import argparse
+
+import timm
+
+import dg_timm
+from dg_timm.complexity import complexity
+
+# model -> DG-Net's parameters and FLOPs in millions, as the paper gives them (Table 1, 224 x 224)
+TABLE_1 = {
+    "mobilenetv2_100": (3.58, 312),
+    "resnet18": (11.71, 1826),
+    "resnet50": (25.62, 4125),
+    "resnet101": (44.90, 7837),
+    "resnext50_32x4d": (25.09, 4305),
+    "regnetx_006": (6.22, 600),
+    "regnetx_016": (9.22, 1604),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every model of the zoo, not only the rows of Table 1")
+    names = dg_timm.zoo.VARIANTS if parser.parse_args().all else TABLE_1
+
+    print("| model | static params (M) | DG params (M) | paper | static multiply-adds (M) | DG multiply-adds (M) | paper |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        static = complexity(timm.create_model(name, device="meta"), (3, 224, 224))
+        dynamic = complexity(timm.create_model(f"dg_{name}", device="meta"), (3, 224, 224))
+        params, flops = TABLE_1.get(name, ("", ""))
+        print(
+            f"| dg_{name} | {static.params / 1e6:.2f} | {dynamic.params / 1e6:.2f} | {params} "
+            f"| {static.multiply_adds / 1e6:.0f} | {dynamic.multiply_adds / 1e6:.0f} | {flops} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
