@@ -4,10 +4,10 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any, Tuple, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dg_timm import checkpoint
 from dg_timm.blocks import can_drop_shortcut
@@ -65,7 +65,18 @@ def dynamize(
             setattr(stage, hooks, getattr(model.get_submodule(plan.name), hooks))
         setattr(model.get_submodule(parent), child, stage)
     model.__class__ = _dynamic_class(type(model))
+    if hasattr(model, "in_chans"):
+        model.register_forward_pre_hook(_check_images)
     return model
+
+
+def _check_images(self: nn.Module, images: Tuple[Tensor]) -> None:
+    # Without this a wrong rank or channel count surfaces deep in the stem, as another error for every family.
+    shape = images[0].shape
+    if len(shape) != 4:
+        raise ValueError(f"expected images (batch, channels, height, width), got {len(shape)} dimensions")
+    if shape[1] != self.in_chans:
+        raise ValueError(f"expected images of {self.in_chans} channels, got {shape[1]}")
 
 
 def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool) -> None:

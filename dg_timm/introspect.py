@@ -27,7 +27,8 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: if the model is static, or the images have the wrong rank or channels.
     """
-    check_images(model, images)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     with record_adjacency(model) as recorded:
         model(images)
     return recorded
@@ -85,12 +86,3 @@ def require_dynamic(model: nn.Module) -> dict[str, nn.Module]:
     if not stages:
         raise ValueError(f"{type(model).__name__} is a static network; convert it with dg_timm.dynamize(model)")
     return dict(stages)
-
-
-def check_images(model: nn.Module, images: Tensor) -> None:
-    """ValueError or TypeError unless ``images`` is a batch that the model can take."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
-    channels = getattr(model, "in_chans", images.shape[1] if images.ndim == 4 else None)
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images must be (batch, {channels or 'channels'}, height, width), got {tuple(images.shape)}")

@@ -1,0 +1,92 @@
+"""The Hub-layout folder: what is in it, and that it comes back."""
+
+import json
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from conftest import FAMILIES, randomize, randomize_graph
+
+import dg_timm
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip(name, tmp_path):
+    model = randomize_graph(randomize(timm.create_model(name, num_classes=3))).to(memory_format=torch.channels_last)
+    data_config = dict(input_size=(3, 48, 48), mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation="bilinear", crop_pct=1.0)
+    labels = ["cat", "dog", "left: a 'quoted' one"]
+    folder = dg_timm.save_pretrained(model, tmp_path / "a" / "model", label_names=labels, data_config=data_config)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(dg_timm.hub.FILES)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(again(x), model.to(memory_format=torch.contiguous_format)(x))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    resolved = timm.data.resolve_model_data_config(again)
+    assert {key: resolved[key] for key in data_config} == data_config
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == name
+    assert config["label_names"] == labels
+    assert "num_classes" not in config.get("model_args", {})
+    assert config["dg_timm"] == {"version": dg_timm.__version__}
+
+
+def test_the_card_parses_and_carries_only_measured_results(tmp_path):
+    model = timm.create_model("dg_regnetx_002", num_classes=2)
+    folder = dg_timm.save_pretrained(model, tmp_path / "measured", dataset="digits", accuracy=98.333, training="by hand.")
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "timm"
+    assert "dg_timm" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("digits", "accuracy", 98.33)
+    assert card.text.strip().startswith("# Model card for dg_regnetx_002")
+    assert "98.33 %" in card.text
+    assert f"{dg_timm.complexity(model).params / 1e6:.2f} M" in card.text
+    plain = dg_timm.save_pretrained(model, tmp_path / "plain")
+    assert huggingface_hub.ModelCard.load(plain / "README.md").data.eval_results is None
+
+
+def test_a_converted_model_is_saved_under_its_twin(tmp_path):
+    model = randomize_graph(dg_timm.dynamize(randomize(timm.create_model("resnet18", num_classes=3))))
+    folder = dg_timm.save_pretrained(model, tmp_path / "model")
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_refuses_before_it_writes(tmp_path):
+    folder = tmp_path / "model"
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    for call, match in (
+        (lambda: dg_timm.save_pretrained(timm.create_model("resnet18"), folder), "is a static network"),
+        (lambda: dg_timm.save_pretrained(dg_timm.dynamize(timm.create_model("convnext_atto")), folder), "the zoo has no"),
+        (lambda: dg_timm.save_pretrained(model, folder, label_names=["one"]), "1 label_names for a model of 2 classes"),
+        (lambda: dg_timm.save_pretrained(model, folder, accuracy=99.0), "give dataset and accuracy together"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    assert not folder.exists()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    with pytest.raises(FileExistsError, match="README.md already; pass overwrite=True"):
+        dg_timm.save_pretrained(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    dg_timm.save_pretrained(model, tmp_path, overwrite=True)
+    assert "Model card" in (tmp_path / "README.md").read_text()
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    dg_timm.save_pretrained(model, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    monkeypatch.setattr(dg_timm.hub, "_card", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    torch.nn.init.ones_(model.fc.bias)
+    with pytest.raises(OSError, match="disk full"):
+        dg_timm.save_pretrained(model, tmp_path / "model", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
