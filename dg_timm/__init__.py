@@ -1,4 +1,6 @@
-"""Dynamic graph networks for timm (Yuan et al., "Dynamic Graph: Learning Instance-aware Connectivity for Neural Networks").
+"""Dynamic graph networks for timm.
+
+Yuan et al., "Dynamic Graph: Learning Instance-aware Connectivity for Neural Networks".
 
 Importing registers the zoo: ``timm.create_model("dg_resnet50", pretrained=True)``.
 """

@@ -19,7 +19,7 @@ class ResNetBasicBlock(resnet.BasicBlock):
 
     def forward(self, x: Tensor, shortcut: Optional[Tensor] = None) -> Tensor:
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
-        x = self.bn2(self.conv2(self.aa(x)))
+        x = self.bn2(self.conv2(self.aa(x)))  # type: ignore[misc]
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -35,7 +35,7 @@ class ResNetBottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor, shortcut: Optional[Tensor] = None) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
-        x = self.bn3(self.conv3(self.aa(x)))
+        x = self.bn3(self.conv3(self.aa(x)))  # type: ignore[misc]
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -97,7 +97,7 @@ class Projection(nn.Module):
         num_blocks: of the stage. These blocks have linear outputs, each of which adds about unit variance in the static
             stage; node 0's feature starts at the standard deviation sqrt(num_blocks) of that stage's output. At 1 the
             mean over predecessors would start 4-block stages at 0.42 of the static standard deviation.
-        norm: block 1's output norm; the projection's is made like it (TensorFlow's weights have an epsilon of their own).
+        norm: block 1's output norm; the projection's is made like it (TensorFlow has an epsilon of its own).
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Projection(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
-        self.bn.reset_parameters()
-        if self.bn.weight is not None:
+        self.bn.reset_parameters()  # type: ignore[operator]
+        if isinstance(self.bn.weight, nn.Parameter):
             nn.init.constant_(self.bn.weight, self.num_blocks**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,4 +130,4 @@ class Projection(nn.Module):
 
 def output_norm(block: nn.Module) -> nn.Module:
     """The norm after the last convolution of a block in ``WITHOUT_SHORTCUT``."""
-    return block.bn3 if isinstance(block, effnet_blocks.InvertedResidual) else block.bn2
+    return block.get_submodule("bn3" if isinstance(block, effnet_blocks.InvertedResidual) else "bn2")

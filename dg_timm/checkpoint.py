@@ -83,8 +83,8 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
         problems.append(f"mis-shaped {_some(shapes)}")
     if problems:
         raise RuntimeError(
-            f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; "
-            "check that the model's name and options (num_classes, edge_scale, block_shortcut) are those of the checkpoint"
+            f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; check "
+            "that the model's name and options (num_classes, edge_scale, block_shortcut) are those of the checkpoint"
         )
 
 

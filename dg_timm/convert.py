@@ -64,7 +64,7 @@ def dynamize(
         for hooks in _HOOKS:  # taps set on the static stage (timm's FeatureHooks) go on working
             setattr(stage, hooks, getattr(model.get_submodule(plan.name), hooks))
         setattr(model.get_submodule(parent), child, stage)
-    model.__class__ = _dynamic_class(type(model))
+    model.__class__ = _dynamic_class(type(model))  # type: ignore[arg-type]
     if hasattr(model, "in_chans"):
         model.register_forward_pre_hook(_check_images)
     return model
@@ -126,12 +126,13 @@ class DynamicGraph:
         """timm's groups, with each router in its block's (router0 and projection in that of block 1)."""
         static = super().group_matcher(coarse=coarse)  # type: ignore[misc]
         anchors = {
-            f"{name}.{graph_module}": f"{name}.{block}.{next(iter(dict(stage.get_submodule(block).named_parameters())))}"
+            f"{name}.{added}": f"{name}.{block}.{next(iter(dict(stage.get_submodule(block).named_parameters())))}"
             for name, stage in checkpoint.graph_stages(self).items()  # type: ignore[arg-type]
-            for graph_module, block in stage.graph_modules().items()
+            for added, block in stage.graph_modules().items()
         }
         if callable(static):
             return lambda key: static(anchors.get(".".join(key.split(".")[:-2]), key))
+        matcher: dict[str, list[tuple[str, Any]]]
         matcher = {group: [(spec, None)] if isinstance(spec, str) else list(spec) for group, spec in static.items()}
         for prefix, anchor in anchors.items():
             group, ordinal = _first_match(matcher, anchor)
@@ -141,7 +142,7 @@ class DynamicGraph:
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's own, and every edge scale and threshold."""
-        static = getattr(super(), "no_weight_decay", set)()
+        static: set[str] = getattr(super(), "no_weight_decay", set)()
         own = {
             f"{name}.{key}"
             for name, router in checkpoint.routers(self).items()  # type: ignore[arg-type]
@@ -151,7 +152,7 @@ class DynamicGraph:
         return set(static) | own
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but a static state dict loads as the identity, and a wrong one is refused before it is copied."""
+        """As in torch, but a static state dict loads as the identity, and one that does not fit is not half-loaded."""
         state_dict = checkpoint.to_identity(self, state_dict)  # type: ignore[arg-type]
         if strict:
             checkpoint.check_fit(self, state_dict)  # type: ignore[arg-type]
@@ -191,5 +192,5 @@ def _dynamic_class(static: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(static: type[nn.Module]) -> nn.Module:
-    cls = _dynamic_class(static)
+    cls = _dynamic_class(static)  # type: ignore[arg-type]
     return cls.__new__(cls)

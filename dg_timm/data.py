@@ -43,8 +43,8 @@ def load_splits(source: str, *, test_fraction: float = 0.2, seed: int = 0) -> Sp
     """Load a classification data set.
 
     Args:
-        source: ``digits`` (scikit-learn's 1,797 handwritten digits, 8 x 8), the path of an image folder (a folder for
-            each class, optionally below train/ and test/), or the name of a data set on the Hub.
+        source: ``digits`` (scikit-learn's 1,797 handwritten digits, 8 x 8), the path of a folder (of images, a folder
+            for each class, optionally below train/ and test/; or of Parquet files), or the name of one on the Hub.
         test_fraction: share of every class that is set aside where the source has no test or validation split.
         seed: of that choice.
 
@@ -64,7 +64,7 @@ def load_splits(source: str, *, test_fraction: float = 0.2, seed: int = 0) -> Sp
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"{source} is not a folder; give one with a folder of images for each class")
-        splits = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        splits = datasets.load_dataset(str(folder))
     else:
         splits = datasets.load_dataset(source)
 
@@ -75,7 +75,9 @@ def load_splits(source: str, *, test_fraction: float = 0.2, seed: int = 0) -> Sp
     if held_out is None:
         smallest = min(np.unique(train[label], return_counts=True)[1])
         if smallest < 2:
-            raise ValueError(f"{source} has no test split, and a class of a single image can't be split; add images to it")
+            raise ValueError(
+                f"{source} has no test split, and a class of a single image can't be split; add images to it"
+            )
         halves = train.train_test_split(test_fraction, stratify_by_column=label, seed=seed)
         train, held_out = halves["train"], halves["test"]
     keep = {image: "image", label: "label"}

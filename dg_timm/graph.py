@@ -61,7 +61,7 @@ def column(rows: List[Tensor], target: int) -> Tensor:
 
 
 def reached(weights: Tensor) -> Tensor:
-    """Whether a node with these input weights, (batch, in-degree), has an open edge; otherwise it is removed: (batch, 1)."""
+    """(batch, in-degree) -> (batch, 1): whether a node with these input weights has an open edge, or is removed."""
     return (weights.detach() != 0).any(dim=1, keepdim=True)
 
 
@@ -82,7 +82,7 @@ def aggregate(features: List[Tensor], weights: Tensor) -> Tensor:
 
 
 def adjacency_matrix(rows: List[Tensor]) -> Tensor:
-    """Assemble rows of nodes 0..B into alpha: (batch, N, N), strictly upper triangular, [source, target] (paper 3.4)."""
+    """Rows of nodes 0..B -> alpha (paper 3.4): (batch, N, N), [source, target], strictly upper triangular."""
     n = len(rows) + 1
     alpha = rows[0].new_zeros(rows[0].shape[0], n, n)
     for i in range(len(rows)):

@@ -51,7 +51,9 @@ def save_pretrained(
     architecture, model_args = _identity_card(model)
     num_classes = model.num_classes
     if label_names is not None and len(label_names) != num_classes:
-        raise ValueError(f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class")
+        raise ValueError(
+            f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class"
+        )
     if (dataset is None) != (accuracy is None):
         raise ValueError("give dataset and accuracy together: a figure on a card names what it was measured on")
     folder = Path(folder)
@@ -67,7 +69,10 @@ def save_pretrained(
         save_config_for_hf(
             model,
             str(beside / "config.json"),
-            model_config={"label_names": list(label_names) if label_names else None, "dg_timm": {"version": __version__}},
+            model_config={
+                "label_names": list(label_names) if label_names else None,
+                "dg_timm": {"version": __version__},
+            },
             model_args=model_args,
             data_config=dict(data_config or {}),
         )

@@ -35,8 +35,9 @@ class Router(nn.Module):
         self.out_degree = last_target - first_target + 1
         self.fc = nn.Linear(in_chs, self.out_degree, device=device, dtype=dtype)
         scale = torch.empty(self.out_degree, device=device, dtype=dtype)
+        self.scale: Optional[nn.Parameter]
         self.register_parameter("scale", nn.Parameter(scale) if edge_scale else None)
-        # 0 leaves every edge of a fresh network open, also those of scale 0; below 0 means the same and stays trainable.
+        # 0 leaves every edge of a fresh network open, also those of scale 0; so does any value below, and it can learn.
         self.threshold = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.fixed_threshold = None  # set_threshold: stands in for the learned one at run time, and is never saved
         self.reset_parameters(identity=False)
@@ -57,7 +58,7 @@ class Router(nn.Module):
 
         ``reached``: (batch, 1) bool, False for the images for which this node is removed.
         """
-        threshold = self.threshold
+        threshold: Tensor = self.threshold
         fixed = self.fixed_threshold
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)

@@ -118,7 +118,7 @@ class DGStage(nn.Module):
         node0 = x
         for child in self.children():
             if hasattr(child, "projects_shortcut"):
-                node0 = child.downsample(x)  # once: block 1 takes its shortcut from here
+                node0 = child.downsample(x)  # type: ignore[operator]  # once: block 1 takes its shortcut from here
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
                 if len(features) == 0:

@@ -58,8 +58,8 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     plans = [plan for name in innermost if (plan := _plan(name, modules[name], calls)) is not None]
     if not plans:
         raise ValueError(
-            f"{type(model).__name__} has no stage that can become a graph. Looked for: a container that hands its input "
-            "through its children one after another, where every child is a convolutional block (at least one "
+            f"{type(model).__name__} has no stage that can become a graph. Looked for: a container that hands its "
+            "input through its children one after another, where every child is a convolutional block (at least one "
             "convolution, at least two weight layers, one (batch, channels, height, width) tensor in and one out) and "
             f"the last block keeps the shape. Found: {_describe(modules, calls)}."
         )
@@ -98,7 +98,9 @@ def _record_calls(model: nn.Module) -> dict[nn.Module, Call]:
     calls: dict[nn.Module, Optional[Call]] = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
-        image_like = len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 4 for t in (*args, result))
+        image_like = (
+            len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 4 for t in (*args, result))
+        )
         calls[module] = Call(args[0], result) if image_like and module not in calls else None  # type: ignore[arg-type]
 
     run_on_meta(model, record)
@@ -126,7 +128,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _plan(name: str, container: nn.Module, calls: dict[nn.Module, Call]) -> Optional[StagePlan]:
-    """Split the children into entry blocks and nodes; None if no block keeps the shape and none can be given a node 0."""
+    """Split the children into entry blocks and nodes; None if nothing is left to be a node."""
     names = [child for child, _ in container.named_children()]
     blocks = [block for _, block in container.named_children()]
     changes = [k for k, b in enumerate(blocks) if calls[b].source.shape != calls[b].result.shape]

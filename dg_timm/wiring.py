@@ -20,8 +20,8 @@ def draw_wiring(
 ) -> Path:
     """Write a PNG of the graphs that :func:`dg_timm.adjacency` returned.
 
-    Nodes lie on a line in topological order (square: input and output). An arc is an edge; its width is |weight| and its
-    colour the difference from the mean weight of that edge over the images drawn, so that what is *dynamic* stands
+    Nodes lie on a line in topological order (square: input and output). An arc is an edge; its width is |weight| and
+    its colour the difference from the mean weight of that edge over the images drawn, so that what is *dynamic* stands
     out: red is more than the others, blue less. A closed edge is not drawn.
 
     Args:

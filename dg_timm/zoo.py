@@ -1,7 +1,7 @@
 """The model zoo: every row of VARIANTS is a timm model with a ``dg_`` twin, registered on import.
 
-Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into the
-identity-converted network. Weights trained as dynamic networks get tags of their own once they exist.
+Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into
+the identity-converted network. Weights trained as dynamic networks get tags of their own once they exist.
 """
 
 import dataclasses
@@ -10,7 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+)
 from torch import nn
 
 from dg_timm import checkpoint

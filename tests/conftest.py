@@ -16,7 +16,14 @@ import dg_timm
 
 ZOO = timm.list_models("dg_*")
 # one small model of each family: block classes, activations and stage layouts all differ
-FAMILIES = ["dg_resnet18", "dg_resnet50", "dg_mobilenetv2_050", "dg_tf_efficientnet_lite0", "dg_regnetx_002", "dg_regnety_002"]
+FAMILIES = [
+    "dg_resnet18",
+    "dg_resnet50",
+    "dg_mobilenetv2_050",
+    "dg_tf_efficientnet_lite0",
+    "dg_regnetx_002",
+    "dg_regnety_002",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def test_half_a_graph_is_refused_even_when_timm_adapts_the_classifier():
     """With another number of classes timm loads loosely; routers must not stay at their start unnoticed."""
     state_dict = timm.create_model("dg_resnet18").state_dict()
     del state_dict["layer3.router0.scale"]
-    with pytest.raises(RuntimeError, match="missing 'layer3.router0.scale'"):
+    with pytest.raises(RuntimeError, match=r"missing 'layer3.router0.scale'"):
         timm.create_model(
             "dg_resnet18", pretrained=True, num_classes=7, pretrained_cfg_overlay=dict(state_dict=state_dict)
         )
@@ -82,10 +82,10 @@ def test_a_truncated_safetensors_file(keep, tmp_path, model):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
-    with pytest.raises(RuntimeError, match="dg_resnet18 can't be read: .* truncated or damaged; fetch it again"):
+    with pytest.raises(RuntimeError, match=r"dg_resnet18 can't be read: .* truncated or damaged; fetch it again"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
+    overlay = dict(file=str(weights))
     with pytest.raises(RuntimeError, match="can't be read"):
-        overlay = dict(file=str(weights))
         timm.create_model("dg_resnet18", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
 
 

@@ -26,7 +26,10 @@ def test_digits_are_scikit_learns():
     assert (len(splits.train), len(splits.test)) == (1437, 360)
     assert splits.label_names == [str(k) for k in range(10)]
     digits = load_digits()
-    expected = {(round(float(image.sum() * 255 / 16), -2), int(t)) for image, t in zip(digits.images, digits.target, strict=True)}
+    expected = {
+        (round(float(image.sum() * 255 / 16), -2), int(t))
+        for image, t in zip(digits.images, digits.target, strict=True)
+    }
     for row in splits.test.select(range(20)):
         grey = np.asarray(row["image"])
         assert grey.shape == (8, 8)

@@ -16,9 +16,9 @@ from dg_timm.stages import find_stages
 # beyond the zoo: other containers, preactivation, split attention, anti-aliasing, layer scale, channels-last blocks
 OTHERS = [
     "resnet50d", "seresnet50", "ecaresnet26t", "resnetblur50", "skresnet18", "res2net50_26w_4s", "resnest26d",
-    "resnetv2_50", "regnetz_b16", "regnetv_040", "efficientnetv2_rw_t", "mobilenetv3_small_050", "mobilenetv4_conv_small",
-    "mnasnet_small", "tinynet_e", "convnext_atto", "convnextv2_atto", "repvgg_a0", "gernet_s", "darknet53", "cspresnet50",
-    "nf_regnet_b0", "fastvit_t8", "hrnet_w18_small", "ghostnet_050", "edgenext_xx_small", "inception_next_atto",
+    "resnetv2_50", "regnetz_b16", "regnetv_040", "efficientnetv2_rw_t", "mobilenetv3_small_050",
+    "mobilenetv4_conv_small", "mnasnet_small", "tinynet_e", "convnext_atto", "convnextv2_atto", "repvgg_a0", "gernet_s", "darknet53",
+    "cspresnet50", "nf_regnet_b0", "fastvit_t8", "hrnet_w18_small", "ghostnet_050", "edgenext_xx_small", "inception_next_atto",
 ]  # fmt: skip
 
 
@@ -188,7 +188,9 @@ def test_options_that_exclude_each_other():
 def test_block_shortcut_false_needs_a_known_block():
     model = timm.create_model("convnext_atto")
     before = str(model)
-    with pytest.raises(ValueError, match=r"block_shortcut=False is offered for .*'stages.0.blocks.0' is a ConvNeXtBlock"):
+    with pytest.raises(
+        ValueError, match=r"block_shortcut=False is offered for .*'stages.0.blocks.0' is a ConvNeXtBlock"
+    ):
         dg_timm.dynamize(model, identity=False, block_shortcut=False)
     assert str(model) == before
 

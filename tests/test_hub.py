@@ -14,7 +14,9 @@ import dg_timm
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip(name, tmp_path):
     model = randomize_graph(randomize(timm.create_model(name, num_classes=3))).to(memory_format=torch.channels_last)
-    data_config = dict(input_size=(3, 48, 48), mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation="bilinear", crop_pct=1.0)
+    data_config = dict(
+        input_size=(3, 48, 48), mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation="bilinear", crop_pct=1.0
+    )
     labels = ["cat", "dog", "left: a 'quoted' one"]
     folder = dg_timm.save_pretrained(model, tmp_path / "a" / "model", label_names=labels, data_config=data_config)
     assert sorted(p.name for p in folder.iterdir()) == sorted(dg_timm.hub.FILES)
@@ -34,7 +36,9 @@ def test_round_trip(name, tmp_path):
 
 def test_the_card_parses_and_carries_only_measured_results(tmp_path):
     model = timm.create_model("dg_regnetx_002", num_classes=2)
-    folder = dg_timm.save_pretrained(model, tmp_path / "measured", dataset="digits", accuracy=98.333, training="by hand.")
+    folder = dg_timm.save_pretrained(
+        model, tmp_path / "measured", dataset="digits", accuracy=98.333, training="by hand."
+    )
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.library_name == "timm"
     assert "dg_timm" in card.data.tags
@@ -61,7 +65,10 @@ def test_refuses_before_it_writes(tmp_path):
     model = timm.create_model("dg_resnet18", num_classes=2)
     for call, match in (
         (lambda: dg_timm.save_pretrained(timm.create_model("resnet18"), folder), "is a static network"),
-        (lambda: dg_timm.save_pretrained(dg_timm.dynamize(timm.create_model("convnext_atto")), folder), "the zoo has no"),
+        (
+            lambda: dg_timm.save_pretrained(dg_timm.dynamize(timm.create_model("convnext_atto")), folder),
+            "the zoo has no",
+        ),
         (lambda: dg_timm.save_pretrained(model, folder, label_names=["one"]), "1 label_names for a model of 2 classes"),
         (lambda: dg_timm.save_pretrained(model, folder, accuracy=99.0), "give dataset and accuracy together"),
     ):
@@ -73,7 +80,7 @@ def test_refuses_before_it_writes(tmp_path):
 def test_nothing_is_overwritten_unasked(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     model = timm.create_model("dg_resnet18", num_classes=2)
-    with pytest.raises(FileExistsError, match="README.md already; pass overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"README.md already; pass overwrite=True"):
         dg_timm.save_pretrained(model, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]

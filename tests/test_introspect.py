@@ -38,9 +38,9 @@ def test_adjacency_leaves_the_model_as_it_was(model):
 
 
 def test_adjacency_of_a_static_model():
-    with pytest.raises(ValueError, match="ResNet is a static network; convert it with dg_timm.dynamize"):
+    with pytest.raises(ValueError, match=r"ResNet is a static network; convert it with dg_timm.dynamize"):
         dg_timm.adjacency(timm.create_model("resnet18"), torch.randn(1, 3, 64, 64))
-    with pytest.raises(TypeError, match="images must be a tensor .*, got list"):
+    with pytest.raises(TypeError, match=r"images must be a tensor .*, got list"):
         dg_timm.adjacency(timm.create_model("dg_resnet18"), [1, 2])
 
 
@@ -79,7 +79,9 @@ def test_the_picture_is_a_picture(model, tmp_path):
     from PIL import Image
 
     x = torch.randn(3, 3, 64, 64)
-    path = dg_timm.draw_wiring(dg_timm.adjacency(model, x), tmp_path / "new" / "wiring.png", images=x, titles=list("abc"))
+    path = dg_timm.draw_wiring(
+        dg_timm.adjacency(model, x), tmp_path / "new" / "wiring.png", images=x, titles=list("abc")
+    )
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 200

@@ -18,7 +18,7 @@ from dg_timm.checkpoint import graph_stages, routers
 from dg_timm.stage import DGStage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
-from complexity import TABLE_1  # noqa: E402
+from complexity import TABLE_1
 
 
 def test_the_zoo_is_the_table():

@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of the zoo, against the paper's Table 1.
 
-    python train_scripts/complexity.py          # the rows of Table 1
-    python train_scripts/complexity.py --all    # the whole zoo, as the Markdown table of the README
+python train_scripts/complexity.py          # the rows of Table 1
+python train_scripts/complexity.py --all    # the whole zoo, as the Markdown table of the README
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every model of the zoo, not only the rows of Table 1")
     names = dg_timm.zoo.VARIANTS if parser.parse_args().all else TABLE_1
 
-    print("| model | static params (M) | DG params (M) | paper | static multiply-adds (M) | DG multiply-adds (M) | paper |")
+    print("| model | static params (M) | DG | paper | static multiply-adds (M) | DG | paper |")
     print("|---|---|---|---|---|---|---|")
     for name in names:
         static = complexity(timm.create_model(name, device="meta"), (3, 224, 224))

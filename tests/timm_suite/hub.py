@@ -65,7 +65,7 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.requests = self._server.requests
 
-    def __enter__(self) -> "HubServer":  # noqa: PYI034  typing.Self is not in Python 3.10
+    def __enter__(self) -> "HubServer":
         self._thread.start()
         return self
 
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             repo_id, file = self._find()
         except NotFound as error:
             self._refuse(404, error.code, str(error))
-        except Exception as error:  # noqa: BLE001  the client must see why, not a dropped connection
+        except Exception as error:
             traceback.print_exc()
             self._refuse(500, "InternalError", repr(error))
         else:
@@ -161,7 +161,7 @@ class StaticTimmModels:
     Names, shapes and number of classes are those of the static timm model with this tag, and that is all a test of
     loading can depend on. Files are made when first asked for, once for every architecture and number of classes.
 
-    timm is imported only when a file is asked for: a process that talks to its own server must set ``HF_ENDPOINT`` first.
+    timm is imported only when a file is asked for: a process that talks to its own server sets ``HF_ENDPOINT`` first.
 
     Args:
         folder: where the files are kept; whoever made it deletes it.

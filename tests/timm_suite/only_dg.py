@@ -1,10 +1,10 @@
 """A pytest plugin that points timm's test_models.py at our models; ``run.py`` loads it with ``-p only_dg``.
 
-timm's file asks timm's registry for the models to test while it is imported. Here the registry's listings are cut down to
-the requested models before that, so that every item timm makes for one of them is collected, and collection takes seconds
-instead of making 18 000 items. What is left besides are items with the name of a static model written into the file.
+timm's file asks timm's registry for the models to test while it is imported. Here the registry's listings are cut down
+to the requested models before that, so that every item timm makes for one of them is collected, and collection takes
+seconds instead of making 18 000 items. What is left besides are items that name a static model in the file itself.
 
-The environment, set by ``run.py``: ``TIMM_SUITE_MODELS`` holds the names, separated by commas, and ``TIMM_SUITE_SCRATCH``
+The environment, set by ``run.py``: ``TIMM_SUITE_MODELS`` holds the names, separated by commas, ``TIMM_SUITE_SCRATCH``
 a folder for the downloads.
 """
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _only_ours(listing: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def restricted(*args: Any, module: str | list[str] = "", **kwargs: Any) -> list[str]:
-        # `module` selects families by the file that defines them. Ours come from another file and are of those families.
+        # `module` selects families by the file that defines them. Ours come from another file, and are of those.
         return [name for name in listing(*args, **kwargs) if _is_ours(name)]
 
     return restricted

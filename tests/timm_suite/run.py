@@ -86,7 +86,7 @@ def timm_sdist(release: str) -> Path:
         if pip.returncode:
             raise SystemExit(
                 f"can't get timm's tests: they are in its sdist only, and 'pip download --no-deps --no-binary timm "
-                f"timm=={release}' failed. Run this once where a package index can be reached; later runs use {CACHE}.\n"
+                f"timm=={release}' failed. Run it once where a package index can be reached; later runs use {CACHE}.\n"
                 f"pip says:\n{pip.stderr.strip()}"
             )
         with tarfile.open(_archive(fresh, release)) as archive:
