@@ -13,7 +13,7 @@ from dg_timm.router import Router
 from dg_timm.stage import DGStage
 
 _MOST = 8  # keys of each kind that an error names
-_GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
+_ROUTER_KEY = re.compile(r"(^|\.)router\d+\.")  # every graph has some
 
 
 def graph_stages(model: nn.Module) -> dict[str, DGStage]:
@@ -27,8 +27,8 @@ def routers(model: nn.Module) -> dict[str, Router]:
 
 
 def is_static(state_dict: Iterable[str]) -> bool:
-    """Whether these are the keys of a static network: no router, no projection."""
-    return not any(_GRAPH_KEY.search(key) for key in state_dict)
+    """Whether these are the keys of a static network: none is a router's."""
+    return not any(_ROUTER_KEY.search(key) for key in state_dict)
 
 
 def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_EXTRA = "the data sets need Hugging Face datasets and scikit-learn: pip install 'dg_timm[train]'"
+_EXTRA = "the data sets need Hugging Face datasets and scikit-learn: pip install 'dg-timm[train]'"
 
 
 class Splits(NamedTuple):

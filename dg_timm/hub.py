@@ -48,7 +48,7 @@ def save_pretrained(
         ValueError: if the model is static, has no name that timm could load it back by, or the labels don't fit.
         FileExistsError: if the folder holds one of the files and ``overwrite`` is False.
     """
-    architecture, model_args = _identity_card(model)
+    architecture, model_args = _name_and_options(model)
     num_classes = model.num_classes
     if label_names is not None and len(label_names) != num_classes:
         raise ValueError(
@@ -88,7 +88,7 @@ def save_pretrained(
     return folder
 
 
-def _identity_card(model: nn.Module) -> tuple[str, dict[str, Any]]:
+def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
     """The zoo name that builds this model again, and the graph options to build it with."""
     stage = next(iter(require_dynamic(model).values()))
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture") or ""

@@ -65,7 +65,9 @@ class DGStage(nn.Module):
         for node, name in enumerate(plan.blocks, start=1):
             self.add_module(name, container.get_submodule(name))
             add_router(node)
-        self.train(container.training)
+        self.training = container.training
+        for added in self.graph_modules():  # a block may have modes of its own, such as frozen norms
+            self.get_submodule(added).train(container.training)
         self.reset_graph_parameters()
 
     def adapt_blocks(self, plan: StagePlan) -> None:
@@ -118,7 +120,8 @@ class DGStage(nn.Module):
         node0 = x
         for child in self.children():
             if hasattr(child, "projects_shortcut"):
-                node0 = child.downsample(x)  # type: ignore[operator]  # once: block 1 takes its shortcut from here
+                # Once: block 1 takes its shortcut from here.
+                node0 = child.downsample(x)  # type: ignore[operator]
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
                 if len(features) == 0:

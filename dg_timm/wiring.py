@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-_EXTRA = "drawing needs matplotlib and networkx: pip install 'dg_timm[plots]'"
+_EXTRA = "drawing needs matplotlib and networkx: pip install 'dg-timm[plots]'"
 
 
 def draw_wiring(

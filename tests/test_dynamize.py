@@ -17,8 +17,9 @@ from dg_timm.stages import find_stages
 OTHERS = [
     "resnet50d", "seresnet50", "ecaresnet26t", "resnetblur50", "skresnet18", "res2net50_26w_4s", "resnest26d",
     "resnetv2_50", "regnetz_b16", "regnetv_040", "efficientnetv2_rw_t", "mobilenetv3_small_050",
-    "mobilenetv4_conv_small", "mnasnet_small", "tinynet_e", "convnext_atto", "convnextv2_atto", "repvgg_a0", "gernet_s", "darknet53",
-    "cspresnet50", "nf_regnet_b0", "fastvit_t8", "hrnet_w18_small", "ghostnet_050", "edgenext_xx_small", "inception_next_atto",
+    "mobilenetv4_conv_small", "mnasnet_small", "tinynet_e", "convnext_atto", "convnextv2_atto", "repvgg_a0",
+    "gernet_s", "darknet53", "cspresnet50", "nf_regnet_b0", "fastvit_t8", "hrnet_w18_small", "ghostnet_050",
+    "edgenext_xx_small", "inception_next_atto",
 ]  # fmt: skip
 
 
@@ -119,6 +120,18 @@ def test_copies_and_pickles(name):
             assert type(twin) is type(model)
             assert torch.equal(twin(x), wanted)
             assert next(twin.parameters()) is not next(model.parameters())
+
+
+def test_frozen_norms_stay_frozen():
+    model = timm.create_model("resnet18").train()
+    timm.utils.freeze_batch_norm_2d(model)
+    model.layer2[0].bn1.eval()
+    model.layer3.requires_grad_(False)
+    before = {name: module.training for name, module in model.named_modules()}
+    dg_timm.dynamize(model)
+    assert {name: module.training for name, module in model.named_modules() if name in before} == before
+    assert not any(p.requires_grad for p in model.layer3[0].parameters())
+    assert all(p.requires_grad for p in model.layer3.router0.parameters())
 
 
 def test_a_new_stage_follows_device_dtype_and_mode():
