@@ -161,7 +161,9 @@ def main() -> None:
         overwrite=True,
     )
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    again.to(accelerator.device, memory_format=torch.channels_last)  # the layout decides how convolutions round
+    again = again.to(accelerator.device).to(
+        memory_format=torch.channels_last
+    )  # the layout decides how convolutions round
     with torch.inference_mode():
         if not torch.equal(again(images), dynamic.model(images)):
             raise RuntimeError(f"the network loaded from {folder} predicts something else than the one saved there")
