@@ -49,9 +49,14 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     """Plan every stage that can become a graph, in the order of ``model.named_modules()``. The model is not changed.
 
     Raises:
-        ValueError: if there is none; the message says what was looked for.
+        ValueError: if there is none, and the message says what was looked for; or if the model can't be run.
     """
-    calls = _record_calls(model)
+    try:
+        calls = _record_calls(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} can't be run on a batch of images to find its stages: {error}"
+        ) from error
     modules = dict(model.named_modules())
     containers = [name for name, module in modules.items() if name and _is_run_of_blocks(module, calls)]
     innermost = [name for name in containers if not any(other.startswith(f"{name}.") for other in containers)]

@@ -177,6 +177,14 @@ def test_no_stage_says_what_was_looked_for_and_found(name):
     assert str(model) == before
 
 
+def test_a_model_that_takes_no_images():
+    model = timm.create_model("resnet18")
+    model.conv1 = nn.Identity()
+    with pytest.raises(ValueError, match="can't be run on a batch of images to find its stages"):
+        dg_timm.dynamize(model)
+    assert not graph_stages(model)
+
+
 def test_twice():
     model = dg_timm.dynamize(timm.create_model("resnet18"))
     before = str(model)
