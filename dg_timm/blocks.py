@@ -114,7 +114,10 @@ class Projection(nn.Module):
         self.num_blocks = num_blocks
         self.projects_input = True  # how a stage tells it from a block, also under TorchScript
         self.conv = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, device=device, dtype=dtype)
-        self.bn = copy.deepcopy(norm).requires_grad_(True)
+        if hasattr(norm, "reset_parameters"):
+            self.bn = copy.deepcopy(norm).requires_grad_(True)
+        else:  # frozen or folded away in the block; a new projection has statistics to learn
+            self.bn = nn.BatchNorm2d(out_chs, eps=getattr(norm, "eps", 1e-5), device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

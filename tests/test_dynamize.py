@@ -124,7 +124,6 @@ def test_copies_and_pickles(name):
 
 def test_frozen_norms_stay_frozen():
     model = timm.create_model("resnet18").train()
-    timm.utils.freeze_batch_norm_2d(model)
     model.layer2[0].bn1.eval()
     model.layer3.requires_grad_(False)
     before = {name: module.training for name, module in model.named_modules()}
@@ -132,6 +131,14 @@ def test_frozen_norms_stay_frozen():
     assert {name: module.training for name, module in model.named_modules() if name in before} == before
     assert not any(p.requires_grad for p in model.layer3[0].parameters())
     assert all(p.requires_grad for p in model.layer3.router0.parameters())
+
+
+def test_frozen_batch_norm_modules_convert_too():
+    static = timm.utils.model.freeze_batch_norm_2d(randomize(timm.create_model("mobilenetv2_050")))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = static(x)
+        assert torch.equal(dg_timm.dynamize(static)(x), wanted)
 
 
 def test_a_new_stage_follows_device_dtype_and_mode():
