@@ -1,10 +1,19 @@
 """Shared fixtures. Models are always randomised with non-trivial norm statistics: fresh ones hide mistakes."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 
 import pytest
 import torch
 from torch import nn
+
+# Before the first import of huggingface_hub: no test reaches the Hub or leaves a cache behind.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dg-timm-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of dependencies, on import
@@ -12,7 +21,7 @@ with warnings.catch_warnings():
     import datasets  # noqa: F401
     import timm
 
-import dg_timm
+import dg_timm  # noqa: E402
 
 ZOO = timm.list_models("dg_*")
 # one small model of each family: block classes, activations and stage layouts all differ
