@@ -27,7 +27,7 @@ def test_it_prints_the_comparison_and_saves(finished):
     assert process.returncode == 0, process.stderr
     for row in ("parameters (M)", "multiply-adds (M)", "test accuracy (%)", "training (s)", "inference (ms/image)"):
         assert row in process.stdout
-    assert "predictions equal" in process.stdout
+    assert "predicts the same" in process.stdout
     assert "100%" in process.stderr  # the progress bar
     assert (output / "wiring.png").stat().st_size > 10_000
     model = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True)
