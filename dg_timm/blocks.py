@@ -87,6 +87,19 @@ def drop_shortcut(block: nn.Module) -> None:
         take_shortcut_as_argument(block)
     else:
         block.has_skip = False  # type: ignore[assignment]
+    undo_zero_init(block)
+
+
+@torch.no_grad()
+def undo_zero_init(block: nn.Module) -> None:
+    """Set zero weights of a block's norms to 1.
+
+    timm starts the last norm of a residual block at zero. Without the shortcut such a block returns relu(0), whose
+    gradient is zero as well: it could never learn.
+    """
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            module.weight.copy_(torch.where(module.weight == 0, 1.0, module.weight))
 
 
 class Projection(nn.Module):
@@ -116,6 +129,8 @@ class Projection(nn.Module):
         self.conv = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, device=device, dtype=dtype)
         if hasattr(norm, "reset_parameters"):
             self.bn = copy.deepcopy(norm).requires_grad_(True)
+            if hasattr(self.bn, "act"):
+                self.bn.act = nn.Identity()
         else:  # frozen or folded away in the block; a new projection has statistics to learn
             self.bn = nn.BatchNorm2d(out_chs, eps=getattr(norm, "eps", 1e-5), device=device, dtype=dtype)
         self.reset_parameters()

@@ -13,7 +13,7 @@ from dg_timm.router import Router
 from dg_timm.stage import DGStage
 
 _MOST = 8  # keys of each kind that an error names
-_ROUTER_KEY = re.compile(r"(^|\.)router\d+\.")  # every graph has some
+_GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
 
 
 def graph_stages(model: nn.Module) -> dict[str, DGStage]:
@@ -27,12 +27,12 @@ def routers(model: nn.Module) -> dict[str, Router]:
 
 
 def is_static(state_dict: Iterable[str]) -> bool:
-    """Whether these are the keys of a static network: none is a router's."""
-    return not any(_ROUTER_KEY.search(key) for key in state_dict)
+    """Whether these are the keys of a static network: none is a router's or a projection's."""
+    return not any(_GRAPH_KEY.search(key) for key in state_dict)
 
 
 def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a static state dict into that of the identity-converted ``model``; a dynamic one comes back as it is.
+    """Turn a static state dict into that of the identity-converted ``model``; any other comes back as it is.
 
     Raises:
         ValueError: if the model's options leave no identity (``edge_scale=False`` or ``block_shortcut=False``).
@@ -41,6 +41,8 @@ def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, An
     if not is_static(state_dict):
         return state_dict
     for name, stage in graph_stages(model).items():
+        if not all(f"{name}.{key}" in state_dict for key in stage.state_dict() if is_static([f".{key}"])):
+            continue  # a part of a network (a head, say) is no static network: what it does not hold stays
         if not (stage.edge_scale and stage.block_shortcut):
             raise ValueError(
                 "a static checkpoint can't be loaded with edge_scale=False or block_shortcut=False: such a network is "

@@ -15,7 +15,7 @@ class Complexity:
 
     Attributes:
         params: of the whole model.
-        convolutions: multiply-adds of every convolution.
+        convolutions: multiply-adds of every convolution (of nothing else: ConvNeXt's linear layers are not counted).
         aggregation: multiply-adds of every edge (one for each element of the map that it reads); 0 if static.
     """
 

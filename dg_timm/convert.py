@@ -4,7 +4,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,17 @@ def dynamize(
         )
     if checkpoint.graph_stages(model):
         raise ValueError(f"this {type(model).__name__} is a dynamic graph network already; convert a static model")
-    plans = find_stages(model)
-    if not block_shortcut:
-        _check_shortcuts(model, plans)
+    checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+    if checkpointing:  # it would hide the dataflow by which stages are found
+        model.set_grad_checkpointing(False)  # type: ignore[operator]
+    try:
+        plans = find_stages(model)
+        if not block_shortcut:
+            _check_shortcuts(model, plans)
+    except ValueError:
+        if checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        raise
 
     options: dict[str, bool] = dict(identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut)
     stages = [DGStage(model.get_submodule(plan.name), plan, **options) for plan in plans]
@@ -67,11 +75,16 @@ def dynamize(
     model.__class__ = _dynamic_class(type(model))  # type: ignore[arg-type]
     if hasattr(model, "in_chans"):
         model.register_forward_pre_hook(_check_images)
+    if checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model
 
 
 def _check_images(self: nn.Module, images: Tuple[Tensor]) -> None:
     # Without this a wrong rank or channel count surfaces deep in the stem, as another error for every family.
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles what follows only under the outer one)
+        if torch.jit.is_tracing() or len(images) == 0 or not isinstance(images[0], Tensor):
+            return  # traced, or passed by keyword: there is nothing here to look at
     shape = images[0].shape
     if len(shape) != 4:
         raise ValueError(f"expected images (batch, channels, height, width), got {len(shape)} dimensions")
@@ -116,30 +129,6 @@ class DynamicGraph:
     """What a dynamic graph network answers differently from its static class (mixed in before that class)."""
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every node's aggregation and block in the backward pass instead of keeping their activations."""
-        for stage in checkpoint.graph_stages(self).values():  # type: ignore[arg-type]
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Union[dict[str, Any], Callable[[str], Any]]:
-        """timm's groups, with each router in its block's (router0 and projection in that of block 1)."""
-        static = super().group_matcher(coarse=coarse)  # type: ignore[misc]
-        anchors = {
-            f"{name}.{added}": f"{name}.{block}.{next(iter(dict(stage.get_submodule(block).named_parameters())))}"
-            for name, stage in checkpoint.graph_stages(self).items()  # type: ignore[arg-type]
-            for added, block in stage.graph_modules().items()
-        }
-        if callable(static):
-            return lambda key: static(anchors.get(".".join(key.split(".")[:-2]), key))
-        matcher: dict[str, list[tuple[str, Any]]]
-        matcher = {group: [(spec, None)] if isinstance(spec, str) else list(spec) for group, spec in static.items()}
-        for prefix, anchor in anchors.items():
-            group, ordinal = _first_match(matcher, anchor)
-            matcher[group].insert(0, (rf"^{re.escape(prefix)}\.", ordinal))
-        return matcher
-
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's own, and every edge scale and threshold."""
         static: set[str] = getattr(super(), "no_weight_decay", set)()
@@ -166,14 +155,60 @@ class DynamicGraph:
         return self.__reduce__()
 
 
-def _first_match(matcher: Mapping[str, list[tuple[str, Any]]], key: str) -> tuple[str, tuple[Any, ...]]:
-    """The group that timm would put ``key`` in, and its ordinal there."""
+def _first_match(matcher: Mapping[str, list[tuple[str, Any]]], key: str) -> Optional[tuple[str, tuple[Any, ...]]]:
+    """The group that timm would put ``key`` in, and its ordinal there; None if it is in none."""
     for group, specs in matcher.items():
         for pattern, suffix in specs:
             match = re.match(pattern, key)
             if match:
                 return group, tuple(g for g in match.groups() if g is not None) + tuple(suffix or ())
-    raise AssertionError(f"{key} is in no parameter group")
+    return None
+
+
+# Mixed in where timm's class has the method.
+
+
+class _Checkpointed:
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every node's aggregation and block in the backward pass instead of keeping their activations.
+
+        Parts of the network that are no graph follow timm. Outputs and gradients do not change; as everywhere with
+        recomputation, BatchNorm sees each training batch twice when it tracks its running statistics.
+        """
+        super().set_grad_checkpointing(enable)  # type: ignore[misc]
+        stages = checkpoint.graph_stages(self)  # type: ignore[arg-type]
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if name in stages:
+                module.grad_checkpointing = enable
+            elif any(stage.startswith(f"{name}." if name else "") for stage in stages):
+                # timm's own would iterate the blocks of a graph and never run it
+                module.grad_checkpointing = False
+
+
+class _Grouped:
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Union[dict[str, Any], Callable[[str], Any]]:
+        """timm's groups, with each router in its block's (router0 and projection in that of block 1)."""
+        static = super().group_matcher(coarse=coarse)  # type: ignore[misc]
+        anchors = {
+            f"{name}.{added}": f"{name}.{block}.{next(iter(dict(stage.get_submodule(block).named_parameters())))}"
+            for name, stage in checkpoint.graph_stages(self).items()  # type: ignore[arg-type]
+            for added, block in stage.graph_modules().items()
+        }
+        if callable(static):
+
+            def group(key: str) -> Any:
+                return static(next((a for prefix, a in anchors.items() if key.startswith(f"{prefix}.")), key))
+
+            return group
+        matcher: dict[str, list[tuple[str, Any]]]
+        matcher = {group: [(spec, None)] if isinstance(spec, str) else list(spec) for group, spec in static.items()}
+        for prefix, anchor in anchors.items():
+            match = _first_match(matcher, anchor)
+            if match is not None:  # otherwise timm puts the block last, and its router with it
+                matcher[match[0]].insert(0, (rf"^{re.escape(prefix)}\.", match[1]))
+        return matcher
 
 
 class _Initializable:
@@ -187,7 +222,8 @@ class _Initializable:
 
 @functools.cache
 def _dynamic_class(static: type[nn.Module]) -> type[nn.Module]:
-    mixins = (DynamicGraph, _Initializable) if hasattr(static, "init_weights") else (DynamicGraph,)
+    optional = {"init_weights": _Initializable, "group_matcher": _Grouped, "set_grad_checkpointing": _Checkpointed}
+    mixins = (DynamicGraph, *(mixin for method, mixin in optional.items() if hasattr(static, method)))
     return type(f"DG{static.__name__}", (*mixins, static), {"__module__": static.__module__, "__doc__": static.__doc__})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,13 +50,17 @@ def save_pretrained(
         FileExistsError: if the folder holds one of the files and ``overwrite`` is False.
     """
     architecture, model_args = _name_and_options(model)
-    num_classes = model.num_classes
+    num_classes = getattr(model, "num_classes", None)
+    if num_classes is None:
+        raise ValueError(f"{type(model).__name__} is a feature extractor; save the whole model (features_only=False)")
     if label_names is not None and len(label_names) != num_classes:
         raise ValueError(
             f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class"
         )
     if (dataset is None) != (accuracy is None):
         raise ValueError("give dataset and accuracy together: a figure on a card names what it was measured on")
+    if accuracy is not None and not 0 <= accuracy <= 100:
+        raise ValueError(f"accuracy must be a percentage, got {accuracy}")
     folder = Path(folder)
     existing = [name for name in FILES if (folder / name).exists()]
     if existing and not overwrite:
@@ -78,11 +83,15 @@ def save_pretrained(
         )
         config = json.loads((beside / "config.json").read_text())
         config["architecture"] = architecture
+        if getattr(model, "from_scratch", False):  # nothing of the configuration's source is in these weights
+            for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"):
+                config["pretrained_cfg"].pop(key, None)
         # transformers passes num_classes itself and fails on a second one; timm reads it at the root
         config.get("model_args", {}).pop("num_classes", None)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         card = _card(model, config, dataset, accuracy, training)
         card.save(beside / "README.md")
+        (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)  # safetensors makes it private
         for name in FILES:
             os.replace(beside / name, folder / name)
     return folder
@@ -113,18 +122,18 @@ def _card(
         results = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset,
+                dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
                 dataset_name=dataset,
                 metric_type="accuracy",
                 metric_value=round(accuracy, 2),
             )
         ]
     data = ModelCardData(
-        license=config["pretrained_cfg"].get("license") or "apache-2.0",
+        license=config["pretrained_cfg"].get("license"),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "dg_timm"],
-        datasets=[dataset] if dataset else None,
+        datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else None,  # only names on the Hub
         metrics=["accuracy"] if results else None,
         model_name=config["architecture"],
         eval_results=results,

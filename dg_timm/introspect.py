@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Edge weights of every image, stage by stage.
 
     Args:
-        model: a dynamic graph network; its training mode is left as it is.
+        model: a dynamic graph network; it is run in eval mode and left as it was.
         images: (batch, channels, height, width), as the model takes them.
 
     Returns:
@@ -29,8 +30,13 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
-    with record_adjacency(model) as recorded:
-        model(images)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with record_adjacency(model) as recorded:
+            model.eval()(images)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return recorded
 
 
@@ -71,7 +77,7 @@ def set_threshold(model: nn.Module, threshold: Optional[float]) -> None:
     """
     require_dynamic(model)
     if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
             raise TypeError(f"threshold must be a number or None, got {threshold!r}")
         if not math.isfinite(threshold) or threshold < 0:
             raise ValueError(f"threshold must be finite and at least 0, got {threshold}")

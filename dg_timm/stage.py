@@ -82,7 +82,10 @@ class DGStage(nn.Module):
             blocks[0].projects_shortcut = True  # type: ignore[assignment]
 
     def reset_graph_parameters(self) -> None:
-        """Start routers, scales, thresholds and projection afresh; the blocks are left alone."""
+        """Start routers, scales, thresholds and projection afresh; the blocks' weights are left alone."""
+        if not self.block_shortcut:
+            for name in self.block_names:
+                _blocks.undo_zero_init(self.get_submodule(name))
         for module in self.children():
             if isinstance(module, Router):
                 module.reset_parameters(self.identity)
@@ -100,6 +103,7 @@ class DGStage(nn.Module):
     @torch.jit.unused
     def edge_reads(self, source: int, feature: int) -> int:
         """Elements that all edges read for one image, given those of the stage's input and of a node's feature."""
+        source = source if self.num_entry == 0 else feature  # an entry block ends at the shape of the features
         nodes = len(self.block_names) + 2
         takes_shortcut = any(hasattr(child, "projects_shortcut") for child in self.children()) and self.block_shortcut
         return (nodes * (nodes - 1) // 2 - 1) * feature + source + takes_shortcut * feature

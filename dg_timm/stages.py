@@ -108,7 +108,11 @@ def _record_calls(model: nn.Module) -> dict[nn.Module, Call]:
         )
         calls[module] = Call(args[0], result) if image_like and module not in calls else None  # type: ignore[arg-type]
 
-    run_on_meta(model, record)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    if not cfg.get("fixed_input_size"):  # strides must show: at small sizes 2 -> 1 and 1 -> 1 look alike
+        height, width = max(height, 224), max(width, 224)
+    run_on_meta(model, record, (getattr(model, "in_chans", channels), height, width))
     return {module: call for module, call in calls.items() if call is not None}
 
 
@@ -116,6 +120,8 @@ def _is_run_of_blocks(module: nn.Module, calls: dict[nn.Module, Call]) -> bool:
     children = list(module.children())
     owns_tensors = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None)) is not None
     if not children or owns_tensors or module not in calls or not all(_is_block(c) and c in calls for c in children):
+        return False
+    if not all(_is_channels_first(child, calls[child]) for child in children):
         return False
     handed = calls[module].source
     for child in children:
@@ -130,6 +136,17 @@ def _is_block(module: nn.Module) -> bool:
         return False
     weight_layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return len(weight_layers) >= 2 and any(isinstance(m, nn.Conv2d) for m in weight_layers)
+
+
+def _is_channels_first(block: nn.Module, call: Call) -> bool:
+    """Whether dimension 1 counts channels: it is one that a weight layer of the block takes or makes."""
+    channels: set[int] = set()
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            channels |= {module.in_channels, module.out_channels}
+        elif isinstance(module, nn.Linear):
+            channels |= {module.in_features, module.out_features}
+    return {call.source.shape[1], call.result.shape[1]} <= channels
 
 
 def _plan(name: str, container: nn.Module, calls: dict[nn.Module, Call]) -> Optional[StagePlan]:

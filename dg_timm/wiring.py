@@ -40,6 +40,8 @@ def draw_wiring(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(_EXTRA) from error
+    if not adjacency:
+        raise ValueError("there is no adjacency to draw; pass what dg_timm.adjacency(model, images) returns")
     largest = max(alpha.shape[1] for alpha in adjacency.values())
     stages = {name: alpha.float().cpu() for name, alpha in adjacency.items() if alpha.shape[1] > 3 or largest == 3}
     rows = len(next(iter(stages.values())))
@@ -71,16 +73,17 @@ def draw_wiring(
             last = alpha.shape[1] - 1
             for nodes, shape in (([0, last], "s"), (list(range(1, last)), "o")):
                 nx.draw_networkx_nodes(graph, position, nodes, 60, "0.25", shape, ax=panel)
-            for i, j in graph.edges:
+            for along, bend in ((True, 0.0), (False, -0.45)):  # the chain is straight, every other edge an arc
+                edges = [(i, j) for i, j in graph.edges if (j == i + 1) == along]
                 nx.draw_networkx_edges(
                     graph,
                     position,
-                    [(i, j)],
-                    width=0.3 + 2.5 * min(abs(float(alpha[row, i, j])), 1.5),
-                    edge_color=[colours(0.5 + 0.5 * float(difference[i, j]))],
+                    edges,
+                    width=[0.3 + 2.5 * min(abs(float(alpha[row, i, j])), 1.5) for i, j in edges],
+                    edge_color=[colours(0.5 + 0.5 * float(difference[i, j])) for i, j in edges],
                     arrowsize=5,
                     node_size=60,
-                    connectionstyle=f"arc3,rad={-0.45 if j - i > 1 else 0.0}",
+                    connectionstyle=f"arc3,rad={bend}",
                     ax=panel,
                 )
             panel.set_xlim(-0.5, last + 0.5)

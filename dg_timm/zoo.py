@@ -91,7 +91,7 @@ def _create(
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             build,
             _twin(variant),
             pretrained,
@@ -99,6 +99,8 @@ def _create(
             feature_cfg=feature_cfg,
             **kwargs,
         )
+        model.from_scratch = not pretrained  # type: ignore[assignment]  # a card must not name a source that these weights do not have
+        return model
     except SafetensorError as error:
         raise RuntimeError(
             f"the weights of {_twin(variant)} can't be read: {error}. The safetensors file is truncated or damaged; "

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES, ZOO, randomize, static_and_dynamic
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import dg_timm
@@ -234,3 +235,74 @@ def test_planning_changes_nothing():
     find_stages(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+# Found by a reader of the first version
+
+
+@pytest.mark.parametrize("options", [{}, {"block_shortcut": False}, {"edge_scale": False, "block_shortcut": False}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_network_has_a_gradient_in_every_block(name, options):
+    """timm zeroes the last norm of a residual block; without its shortcut such a block would be dead for ever."""
+    model = timm.create_model(name, num_classes=3, **options).train()
+    if hasattr(model, "init_weights"):
+        model.init_weights()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    dead = {key for key, _ in model.named_parameters() if "conv" in key}
+    for _ in range(2):  # with its shortcut, a block gets its gradient once its last norm has left zero
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+        dead -= {key for key, value in model.named_parameters() if value.grad.abs().max() > 0}
+        optimizer.step()
+    assert not dead
+
+
+def test_loading_a_head_leaves_the_graph_alone():
+    model = timm.create_model("dg_resnet18", num_classes=3)
+    nn.init.constant_(model.layer2.router0.scale, 0.7)
+    head = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+    for part in (head, {}):
+        assert model.load_state_dict(part, strict=False).missing_keys
+        assert (model.layer2.router0.scale == 0.7).all()
+
+
+@pytest.mark.parametrize("name", ["mambaout_femto"])
+def test_channels_last_tensors_are_refused(name):
+    with pytest.raises(ValueError, match="no stage that can become a graph"):
+        dg_timm.dynamize(timm.create_model(name))
+
+
+def test_checkpointing_set_before_conversion_is_kept():
+    model = timm.create_model("resnet18")
+    model.set_grad_checkpointing()
+    dg_timm.dynamize(model)
+    assert all(stage.grad_checkpointing for stage in graph_stages(model).values())
+    assert model.train()(torch.randn(2, 3, 64, 64)).requires_grad
+
+
+def test_parts_that_are_no_graph_still_checkpoint():
+    static = timm.create_model("caformer_s18", device="meta")
+    static.set_grad_checkpointing()
+    model = dg_timm.dynamize(timm.create_model("caformer_s18", device="meta"))
+    model.set_grad_checkpointing()
+    assert static.stages[3].grad_checkpointing
+    assert model.stages[3].grad_checkpointing
+    assert not hasattr(model, "group_matcher")
+
+
+def test_images_by_keyword_and_wrapped_traces():
+    model = dg_timm.dynamize(timm.create_model("resnet18")).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x=x), model(x))
+        assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(model))(x), model(x))
+
+
+def test_small_configured_sizes_do_not_hide_strides():
+    model = timm.create_model("mobilenetv2_050", pretrained_cfg_overlay=dict(input_size=(3, 8, 8)))
+    assert dg_timm.dynamize(model)(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_layer_decay_where_timm_groups_only_some_parameters():
+    model = dg_timm.dynamize(timm.create_model("hrnet_w18_small", device="meta"))
+    create_optimizer_v2(model, opt="sgd", lr=0.1, layer_decay=0.8)

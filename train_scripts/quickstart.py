@@ -4,7 +4,8 @@
     python train_scripts/quickstart.py --data path/to/folder --image-size 96 --epochs 10
     python train_scripts/quickstart.py --data uoft-cs/cifar10 --image-size 32
 
-Any process or device that Accelerate knows: `accelerate launch train_scripts/quickstart.py ...`.
+On several devices or processes: `accelerate launch train_scripts/quickstart.py ...`, or on CPUs
+`torchrun --nproc_per_node 2 train_scripts/quickstart.py ...`.
 """
 
 import argparse
@@ -52,10 +53,15 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def make_accelerator() -> Accelerator:
+    # Without a device Accelerate must be told so, or processes under torchrun would each train a network of their own.
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
 def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse.Namespace) -> Trained:
     """Train one network from scratch and test it."""
     set_seed(args.seed)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     hflip = args.hflip if args.hflip is not None else 0.5 * (args.data != "digits")
     augment = create_transform(
         **data_config, is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=hflip, color_jitter=0.0
@@ -129,7 +135,7 @@ def main() -> None:
 
     twins = (args.model.removeprefix("dg_"), args.model)
     static, dynamic = (train(name, splits, data_config, args) for name in twins)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     if not accelerator.is_main_process:
         return
 
@@ -155,9 +161,9 @@ def main() -> None:
         args.output / "model",
         label_names=splits.label_names,
         data_config=data_config,
-        dataset=args.data,
+        dataset=Path(args.data).name if Path(args.data).exists() else args.data,
         accuracy=dynamic.accuracy,
-        training=f"from scratch, {args.epochs} epochs of AdamW, by train_scripts/quickstart.py (seed {args.seed}).",
+        training=f"from scratch, --epochs {args.epochs}, AdamW, by train_scripts/quickstart.py (seed {args.seed}).",
         overwrite=True,
     )
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
