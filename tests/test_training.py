@@ -48,18 +48,14 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dg_resnet50"])
-@pytest.mark.parametrize("start", ["scratch", "identity"])
-def test_running_statistics_serve_as_well_as_batch_statistics(name, start, digits):
+def test_running_statistics_serve_as_well_as_batch_statistics(name, digits):
     """One distribution through each BatchNorm: a projection that ran twice would lose 2 to 20 points in eval."""
     (images, labels), (test_images, test_labels) = digits
-    if start == "scratch":
-        model = timm.create_model(name, num_classes=10)
-    else:
-        model = dg_timm.dynamize(timm.create_model(name.removeprefix("dg_"), num_classes=10))
+    model = timm.create_model(name, num_classes=10)
     train(model, images, labels, epochs=8, lr=3e-3)
     evaluated = accuracy(model, test_images, test_labels, batch_statistics=False)
     with_batch = accuracy(model, test_images, test_labels, batch_statistics=True)
-    print(f"{name} {start}: eval {evaluated:.2f}, batch statistics {with_batch:.2f}")
+    print(f"{name}: eval {evaluated:.2f}, batch statistics {with_batch:.2f}")
     assert evaluated > 85
     assert evaluated >= with_batch - 1.0
 
@@ -84,7 +80,7 @@ def test_resnet101_trains_in_bfloat16_autocast_without_overflow():
 
 @pytest.mark.slow
 def test_thresholds_close_edges_when_the_loss_asks_for_it(digits):
-    """Eq. 5 learns: a price on every open edge raises thresholds until edges close, and accuracy survives."""
+    """Eq. 5 learns: a reward for high thresholds raises them until edges close, and the network goes on working."""
     (images, labels), (test_images, test_labels) = digits
     model = timm.create_model("dg_regnetx_002", num_classes=10)
     train(model, images, labels, epochs=4, lr=3e-3)
@@ -93,7 +89,7 @@ def test_thresholds_close_edges_when_the_loss_asks_for_it(digits):
     for batch in torch.randperm(len(images)).split(64)[:20]:
         optimizer.zero_grad()
         task = F.cross_entropy(model(images[batch]), labels[batch])
-        (task - 0.05 * sum(router.threshold for router in routers)).backward()
+        (task - 0.25 * sum(router.threshold for router in routers)).backward()
         optimizer.step()
     alpha = dg_timm.adjacency(model.eval(), test_images)
     upper = {name: torch.ones(a.shape[1:]).triu(1).bool() for name, a in alpha.items()}
