@@ -49,3 +49,13 @@ def test_bad_arguments_end_before_any_work(args, message, tmp_path):
     assert process.returncode != 0
     assert message in process.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    command += ["--epochs", "1", "--output", str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("parameters (M)") == 1
+    assert "11/11" in process.stderr  # half the steps of one process
