@@ -32,8 +32,10 @@ def test_adjacency_has_a_strictly_upper_triangular_matrix_for_every_image_and_st
 
 def test_adjacency_leaves_the_model_as_it_was(model):
     model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     dg_timm.adjacency(model, torch.randn(2, 3, 64, 64))
-    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # BatchNorm's too
     assert not any(r._forward_hooks for r in routers(model).values())
 
 
