@@ -14,6 +14,7 @@ from timm.models import is_model
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from dg_timm.checkpoint import graph_stages
 from dg_timm.complexity import complexity
 from dg_timm.introspect import require_dynamic
 from dg_timm.version import __version__
@@ -49,7 +50,7 @@ def save_pretrained(
         ValueError: if the model is static, has no name that timm could load it back by, or the labels don't fit.
         FileExistsError: if the folder holds one of the files and ``overwrite`` is False.
     """
-    architecture, model_args = _name_and_options(model)
+    _name_and_options(model)  # raises where timm could not load the folder back
     num_classes = getattr(model, "num_classes", None)
     if num_classes is None:
         raise ValueError(f"{type(model).__name__} is a feature extractor; save the whole model (features_only=False)")
@@ -71,30 +72,41 @@ def save_pretrained(
         beside = Path(scratch)
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         safetensors.torch.save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        save_config_for_hf(
-            model,
-            str(beside / "config.json"),
-            model_config={
-                "label_names": list(label_names) if label_names else None,
-                "dg_timm": {"version": __version__},
-            },
-            model_args=model_args,
-            data_config=dict(data_config or {}),
-        )
-        config = json.loads((beside / "config.json").read_text())
-        config["architecture"] = architecture
-        if getattr(model, "from_scratch", False):  # nothing of the configuration's source is in these weights
-            for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"):
-                config["pretrained_cfg"].pop(key, None)
-        # transformers passes num_classes itself and fails on a second one; timm reads it at the root
-        config.get("model_args", {}).pop("num_classes", None)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config = write_config(model, beside / "config.json", label_names=label_names, data_config=data_config)
         card = _card(model, config, dataset, accuracy, training)
         card.save(beside / "README.md")
         (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)  # safetensors makes it private
         for name in FILES:
             os.replace(beside / name, folder / name)
     return folder
+
+
+def write_config(
+    model: nn.Module,
+    file: Path,
+    *,
+    label_names: Optional[Sequence[str]] = None,
+    data_config: Optional[Mapping[str, Any]] = None,
+) -> dict[str, Any]:
+    """Write config.json of a model, dynamic or static, as timm and transformers read it; its content is returned."""
+    dynamic = bool(graph_stages(model))
+    architecture, model_args = _name_and_options(model) if dynamic else (None, {})
+    save_config_for_hf(
+        model,
+        str(file),
+        model_config={"label_names": list(label_names) if label_names else None, "dg_timm": {"version": __version__}},
+        model_args=model_args,
+        data_config=dict(data_config or {}),
+    )
+    config: dict[str, Any] = json.loads(file.read_text())
+    config["architecture"] = architecture or config["architecture"]
+    if getattr(model, "from_scratch", False):  # nothing of the configuration's source is in these weights
+        for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"):
+            config["pretrained_cfg"].pop(key, None)
+    # transformers passes num_classes itself and fails on a second one; timm reads it at the root
+    config.get("model_args", {}).pop("num_classes", None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    is_model,
     model_entrypoint,
     register_model,
 )
@@ -118,6 +119,19 @@ def _weights_filter(static_filter: Any) -> Callable[[dict[str, Any], nn.Module],
         return state_dict
 
     return to_dynamic  # type: ignore[return-value]
+
+
+def register_twin(name: str) -> None:
+    """Make ``dg_<any timm model>`` known to timm in this process, where the zoo does not list it.
+
+    Any other name is left alone, and so is a model without a stage to convert until it is created.
+    """
+    variant = name.partition(".")[0].removeprefix("dg_")
+    if not name.startswith("dg_") or is_model(_twin(variant)) or not is_model(variant):
+        return
+    cfgs = {_twin(n): dataclasses.replace(c, architecture=None) for n, c in get_arch_pretrained_cfgs(variant).items()}
+    default_cfgs.update(generate_default_cfgs(cfgs))
+    _register(variant)
 
 
 def _register(variant: str) -> None:

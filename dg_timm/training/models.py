@@ -1,0 +1,187 @@
+"""The network to train or to validate, its teacher, and what of it is frozen."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+
+from dg_timm import zoo
+from dg_timm.checkpoint import graph_stages, is_static, routers
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def create(
+    name: str,
+    *,
+    pretrained: bool = False,
+    initial_checkpoint: Optional[str] = None,
+    num_classes: Optional[int] = None,
+    **options: Any,
+) -> nn.Module:
+    """A timm model by any of its names.
+
+    Args:
+        name: a timm or ``dg_*`` name (``dg_`` before any convertible timm model), ``hf-hub:org/name``,
+            ``local-dir:folder``, or a folder in Hub layout: a saved model, or a checkpoint of a run.
+        pretrained: load the weights that the name stands for (always, for the last three).
+        initial_checkpoint: a safetensors file, or a folder with model.safetensors, to start from instead. Weights of a
+            static network make a ``dg_*`` model its identity conversion; a classifier of other classes is left out.
+        num_classes: of the classifier; by default the weights' own.
+        options: what timm's model takes; None is left out.
+
+    Raises:
+        ValueError: naming an unknown model, or options that exclude each other.
+        FileNotFoundError, RuntimeError: for weights that are not there, unreadable, or do not fit.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    name, folder = _resolve(name)
+    if initial_checkpoint is not None:
+        if pretrained or folder:
+            raise ValueError("--initial-checkpoint and --pretrained both name weights to start from; give one")
+        file = _weights_file(initial_checkpoint)
+        overlay = dict(file=str(file), num_classes=_classes_in(name, file), url="", hf_hub_id=None)
+        try:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        except SafetensorError as error:
+            raise RuntimeError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
+    return timm.create_model(name, pretrained=pretrained or folder, **options)
+
+
+def _resolve(name: str) -> tuple[str, bool]:
+    """(what timm.create_model takes, whether that names weights); registers a ``dg_`` twin that is not in the zoo."""
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return name, True
+    path = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") or (path / "config.json").exists():
+        config = path / "config.json"
+        if not config.exists():
+            raise FileNotFoundError(f"{path} has no config.json; give a folder saved by dg_timm.save_pretrained or train.py")
+        zoo.register_twin(json.loads(config.read_text()).get("architecture", ""))
+        return f"local-dir:{path}", True
+    zoo.register_twin(name)
+    if not timm.is_model(name):
+        if path.exists():
+            raise FileNotFoundError(f"{name} has no config.json; give a checkpoint's folder (checkpoints/last, model)")
+        near = timm.list_models(f"*{name.removeprefix('dg_').split('.')[0][:8]}*")[:6]
+        raise ValueError(f"{name} is no timm or dg_timm model" + (f"; do you mean one of {', '.join(near)}?" if near else ""))
+    return name, False
+
+
+def _weights_file(source: str) -> Path:
+    path = Path(source)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"--initial-checkpoint {source}: there is no {file}")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--initial-checkpoint {source}: only safetensors are loaded; save the weights in that format")
+    return file
+
+
+def _classes_in(name: str, file: Path) -> int:
+    """How many classes the classifier in a weights file has."""
+    classifier = timm.get_pretrained_cfg(name).classifier
+    try:
+        with safe_open(file, "pt") as tensors:
+            for key in (f"{classifier}.weight", f"{classifier}.bias"):
+                if key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    return int(tensors.get_slice(key).get_shape()[0])
+    except SafetensorError as error:
+        raise RuntimeError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
+    raise ValueError(f"{file} has no classifier {classifier}.weight; it is not a checkpoint of {name}")
+
+
+def same_classifier(model: nn.Module, name: str, initial_checkpoint: Optional[str], pretrained: bool) -> bool:
+    """Whether the classifier came with the weights, rather than being new."""
+    if initial_checkpoint is not None:
+        return _classes_in(_resolve(name)[0], _weights_file(initial_checkpoint)) == model.num_classes
+    cfg = getattr(model, "pretrained_cfg", {})
+    return (pretrained or _resolve(name)[1]) and cfg.get("num_classes") == model.num_classes
+
+
+def static_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a dynamic network's weights its static network has."""
+    return {key: value for key, value in state_dict.items() if is_static([key])}
+
+
+def create_teacher(name: str, student: nn.Module, student_name: str, fresh: bool, **options: Any) -> DistillationTeacher:
+    """The frozen network whose logits are learned from.
+
+    Args:
+        name: any that :func:`create` takes, with weights; or ``static``: the network that the student was converted from.
+        student: before any training.
+        fresh: whether the student's weights (or its classifier) are random.
+
+    Raises:
+        ValueError: if the student has no trained static network, or the teacher has other classes.
+    """
+    if name == "static":
+        if not graph_stages(student):
+            raise ValueError(f"{student_name} is static: --distill alone means the network it was converted from; name a teacher")
+        if fresh:
+            raise ValueError(
+                f"--distill: the static network of {student_name} has no trained classifier for these classes. Fine-tune the "
+                "static network first and start from it (--initial-checkpoint static/model --distill), or name a teacher"
+            )
+        if any(r.scale is None or r.scale[0] != 2 or bool(r.scale[1:].any()) for r in routers(student).values()):
+            raise ValueError(f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher")
+        options = {key: value for key, value in options.items() if key not in ("edge_scale", "block_shortcut")}
+        architecture = student.pretrained_cfg["architecture"]
+        teacher = timm.create_model(architecture.removeprefix("dg_"), num_classes=student.num_classes, **options)
+        teacher.load_state_dict(static_part(student.state_dict()))
+    else:
+        teacher = create(name, pretrained=True)
+        if teacher.num_classes != student.num_classes:
+            raise ValueError(f"the teacher {name} has {teacher.num_classes} classes, the student {student.num_classes}")
+    return DistillationTeacher(teacher.requires_grad_(False).eval())
+
+
+def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
+    """Stop parameters from learning.
+
+    Args:
+        what: ``none``; ``backbone`` (all but the classifier); ``all-but-graph`` (all but routers, scales, thresholds and
+            projections, and a classifier that is new).
+
+    Returns:
+        the names of what still learns.
+    """
+    classifier = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        if what == "backbone":
+            parameter.requires_grad_(id(parameter) in classifier)
+        elif what == "all-but-graph":
+            parameter.requires_grad_(not is_static([name]) or (new_classifier and id(parameter) in classifier))
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not learning:
+        raise ValueError(f"--freeze {what} leaves nothing to learn in this {type(model).__name__}: it is static")
+    return learning
+
+
+def set_train_mode(model: nn.Module, fixed_norms: bool = False) -> None:
+    """Training mode, with the statistics of frozen norms (or of all) left as they are."""
+    model.train()
+    for module in model.modules():
+        frozen = module.weight is not None and not module.weight.requires_grad if isinstance(module, NORMS) else False
+        if isinstance(module, NORMS) and (fixed_norms or frozen):
+            module.eval()
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether every floating-point weight and statistic is finite."""
+    finite = [torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point()]
+    return bool(torch.stack(finite).all())
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load safetensors into a model of the same names and shapes."""
+    model.load_state_dict(load_file(file))

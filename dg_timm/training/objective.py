@@ -1,0 +1,78 @@
+"""The loss of a batch: smoothing, mixup, distillation; one number an image, so that it can be weighted and summed."""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+
+from dg_timm.training.loading import Batch, seeded
+
+
+class Losses(NamedTuple):
+    """Per image: (batch,) each; ``correct`` is 1.0 where the best class is the label (the larger one, under mixup)."""
+
+    loss: Tensor
+    correct: Tensor
+
+
+class Classification:
+    """Cross-entropy (or binary cross-entropy) with label smoothing, mixup and cutmix, and distillation of logits.
+
+    Args:
+        smoothing: mass that the label gives to all classes (Szegedy et al., 2016).
+        loss: ``ce`` or ``bce`` (Wightman et al., 2021: every class on its own; summed over classes / number of classes).
+        mixup: timm's, or None.
+        teacher: whose logits are learned (Hinton et al., 2015), or None.
+        distill_weight: share of the distillation in the loss, 0..1.
+        temperature: of both softmaxes; the distillation is multiplied by its square.
+        student_norm: mean and std of the student's images, each (1, channels, 1, 1); the teacher gets its own.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        smoothing: float = 0.0,
+        loss: str = "ce",
+        mixup: Optional[Mixup] = None,
+        teacher: Optional[DistillationTeacher] = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
+        student_norm: Optional[tuple[Tensor, Tensor]] = None,
+        seed: int = 0,
+    ) -> None:
+        self.num_classes, self.smoothing, self.kind, self.mixup = num_classes, smoothing, loss, mixup
+        self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+        self.student_norm, self.seed = student_norm, seed
+
+    def __call__(self, model: nn.Module, batch: Batch, *entropy: int) -> Losses:
+        """Losses of a batch on the model's device; ``entropy`` (update, process, ...) seeds what mixup draws."""
+        images, target = batch.images, batch.labels
+        if self.mixup is not None and self.mixup.mixup_enabled:
+            with seeded(self.seed, *entropy):
+                images, target = self.mixup(images, target)
+        elif self.kind == "bce":
+            target = mixup_target(target, self.num_classes, smoothing=self.smoothing)
+        logits = model(images).float()
+        if self.kind == "bce":
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        elif target.ndim == 2:  # smoothed by mixup
+            loss = -(target * F.log_softmax(logits, 1)).sum(1)
+        else:
+            loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        if self.teacher is not None:
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(images, logits)
+        label = target.argmax(1) if target.ndim == 2 else target
+        return Losses(loss, (logits.argmax(1) == label).float())
+
+    def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad():
+            theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
+        t = self.temperature
+        divergence = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1), reduction="none", log_target=True)
+        return divergence.sum(1) * t * t
