@@ -33,7 +33,9 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
     return relative_cost(model, adjacency(model, images), (images.shape[1], images.shape[2], images.shape[3]))
 
 
-def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Optional[tuple[int, int, int]] = None) -> Tensor:
+def relative_cost(
+    model: nn.Module, alphas: dict[str, Tensor], input_size: Optional[tuple[int, int, int]] = None
+) -> Tensor:
     """As :func:`cost`, for adjacencies that are known already ({stage: (batch, N, N)})."""
     layers: dict[str, int] = {}
     maps: dict[str, tuple[int, int]] = {}  # of a stage: elements of its input, and of a node's feature
@@ -61,15 +63,25 @@ def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Optio
         source, feature = maps[name]
         for node, block in enumerate(graph.block_names, start=1):
             prefix = f"{name}.{block}."
-            own = sum(m for n, m in layers.items() if n.startswith(prefix) and not _is_ready_shortcut(graph, node, n[len(prefix) :]))
+            own = sum(
+                m
+                for n, m in layers.items()
+                if n.startswith(prefix) and not _is_ready_shortcut(graph, node, n[len(prefix) :])
+            )
             run -= own * (~is_open[:, :node, node].any(1)).double()
         n = alphas[name].shape[-1]
         others = n * (n - 1) // 2 - 1
-        first = graph.edge_reads(source, feature) - others * feature  # (0, 1) reads the stage's input, before its stride
+        first = (
+            graph.edge_reads(source, feature) - others * feature
+        )  # (0, 1) reads the stage's input, before its stride
         run += first * is_open[:, 0, 1] + feature * (is_open.sum((1, 2)) - is_open[:, 0, 1].long())
     return run / static
 
 
 def _is_ready_shortcut(graph: nn.Module, node: int, layer: str) -> bool:
     """Block 1's own downsampling feeds node 0 and runs whether block 1 does or not."""
-    return node == 1 and layer.startswith("downsample.") and hasattr(graph.get_submodule(graph.block_names[0]), "projects_shortcut")
+    return (
+        node == 1
+        and layer.startswith("downsample.")
+        and hasattr(graph.get_submodule(graph.block_names[0]), "projects_shortcut")
+    )

@@ -18,7 +18,9 @@ RUN_OPTIONS = frozenset(
 )  # fmt: skip
 
 
-def parse(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None, recipes: Optional[Path] = None) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None, recipes: Optional[Path] = None
+) -> argparse.Namespace:
     """Parse the command line; the options of ``--recipe`` come first, so that the command line overrides them.
 
     Args:
@@ -80,13 +82,17 @@ def _recipe_tokens(parser: argparse.ArgumentParser, file: Path) -> list[str]:
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """A line for every option that decides what the weights become and differs between two runs."""
     keys = [key for key in dict.fromkeys([*then, *now]) if key not in RUN_OPTIONS]
-    return [f"--{k.replace('_', '-')}: {then.get(k)!r} then, {now.get(k)!r} now" for k in keys if then.get(k) != now.get(k)]
+    return [
+        f"--{k.replace('_', '-')}: {then.get(k)!r} then, {now.get(k)!r} now" for k in keys if then.get(k) != now.get(k)
+    ]
 
 
 class KeyValues(argparse.Action):
     """``--model-kwargs a=1 b=x`` -> {"a": 1, "b": "x"}; values are YAML scalars."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
         pairs = {}
         for text in values:
             key, equals, value = text.partition("=")
@@ -148,12 +154,23 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--label-names", help="text file with a name a line, where the data set does not tell")
     data.add_argument("--num-classes", type=positive, help="by default as many as the data set has")
     _flag(data, "--streaming", False, "read rows as they are needed; the data set may be larger than the disk")
-    data.add_argument("--shuffle-buffer", type=positive, default=2048, help="undecoded rows of a stream that are shuffled together")
-    data.add_argument("--epoch-size", type=positive, help="rows of an epoch, where a stream does not tell (for the schedule)")
+    data.add_argument(
+        "--shuffle-buffer", type=positive, default=2048, help="undecoded rows of a stream that are shuffled together"
+    )
+    data.add_argument(
+        "--epoch-size", type=positive, help="rows of an epoch, where a stream does not tell (for the schedule)"
+    )
     data.add_argument("--train-limit", type=positive, help="train on a fixed random choice of so many images")
     data.add_argument("--val-limit", type=positive, help="evaluate on a fixed random choice of so many images")
-    data.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="an unreadable image ends the run, or is left out and reported")
-    data.add_argument("--workers", type=natural, default=2, help="processes that decode, on each training process; 0 decodes in it")
+    data.add_argument(
+        "--on-bad-image",
+        choices=("error", "skip"),
+        default="error",
+        help="an unreadable image ends the run, or is left out and reported",
+    )
+    data.add_argument(
+        "--workers", type=natural, default=2, help="processes that decode, on each training process; 0 decodes in it"
+    )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -173,20 +190,26 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     _flag(aug, "--augment", True, "random crops and all of the following")
     aug.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of random crops")
     aug.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of random crops")
-    aug.add_argument("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="random-resized, or resize-keep-ratio crops")
+    aug.add_argument(
+        "--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="random-resized, or resize-keep-ratio crops"
+    )
     aug.add_argument("--hflip", type=share, default=0.5)
     aug.add_argument("--vflip", type=share, default=0.0)
     aug.add_argument("--color-jitter", type=amount, default=0.0)
     aug.add_argument("--auto-augment", help="timm's name of a policy, e.g. rand-m9-mstd0.5-inc1 or original")
     aug.add_argument("--reprob", type=share, default=0.0, help="random erasing")
     aug.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel")
-    aug.add_argument("--aug-repeats", type=positive, default=1, help="differently augmented copies of an image in an epoch")
+    aug.add_argument(
+        "--aug-repeats", type=positive, default=1, help="differently augmented copies of an image in an epoch"
+    )
     aug.add_argument("--mixup", type=amount, default=0.0, help="alpha")
     aug.add_argument("--cutmix", type=amount, default=0.0, help="alpha")
     aug.add_argument("--mixup-prob", type=share, default=1.0)
     aug.add_argument("--mixup-switch-prob", type=share, default=0.5, help="of cutmix, where both are on")
     aug.add_argument("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
-    aug.add_argument("--mixup-off-epoch", type=natural, default=0, help="epoch from which on nothing is mixed; 0 for never")
+    aug.add_argument(
+        "--mixup-off-epoch", type=natural, default=0, help="epoch from which on nothing is mixed; 0 for never"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -195,8 +218,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", default="dg_resnet18", help="a timm or dg_* name, hf-hub:..., local-dir:..., or a folder; "
                        "dg_ may stand before any timm model that dg_timm.dynamize takes")  # fmt: skip
     _flag(model, "--pretrained", False, "start from the published weights")
-    model.add_argument("--initial-checkpoint", help="safetensors file or folder to start from; a static one is converted")
-    model.add_argument("--model-kwargs", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="e.g. edge_scale=false block_shortcut=false")
+    model.add_argument(
+        "--initial-checkpoint", help="safetensors file or folder to start from; a static one is converted"
+    )
+    model.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action=KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="e.g. edge_scale=false block_shortcut=false",
+    )
+    model.add_argument("--head-init-scale", type=amount, default=1.0, help="multiplies a new classifier's weights")
     model.add_argument("--drop", type=share, help="dropout before the classifier")
     model.add_argument("--drop-path", type=share, help="stochastic depth")
     model.add_argument("--freeze", choices=("none", "backbone", "all-but-graph"), default="none")
@@ -208,16 +241,22 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt = parser.add_argument_group("optimization")
     opt.add_argument("--epochs", type=positive, default=10)
     opt.add_argument("--batch-size", type=positive, default=64, help="images of an update, over all processes")
-    opt.add_argument("--micro-batch", type=positive, help="at most so many images at a time on a process; the rest is accumulated")
+    opt.add_argument(
+        "--micro-batch", type=positive, help="at most so many images at a time on a process; the rest is accumulated"
+    )
     opt.add_argument("--opt", default="sgd", help="any of timm's optimizers")
     opt.add_argument("--opt-kwargs", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE")
     opt.add_argument("--lr", type=amount, default=0.05)
     opt.add_argument("--lr-base-batch", type=positive, help="batch size that --lr is for; it is scaled to --batch-size")
     opt.add_argument("--lr-base-scale", choices=("linear", "sqrt"), default="linear")
-    opt.add_argument("--graph-lr-scale", type=amount, default=1.0, help="learning rate of routers, scales and thresholds / --lr")
+    opt.add_argument(
+        "--graph-lr-scale", type=amount, default=1.0, help="learning rate of routers, scales and thresholds / --lr"
+    )
     opt.add_argument("--layer-decay", type=share)
     opt.add_argument("--momentum", type=share, default=0.9)
-    opt.add_argument("--weight-decay", type=amount, default=5e-5, help="of weights; never of biases, norms and the graph")
+    opt.add_argument(
+        "--weight-decay", type=amount, default=5e-5, help="of weights; never of biases, norms and the graph"
+    )
     opt.add_argument("--sched", choices=SCHEDULES, default="cosine")
     opt.add_argument("--warmup-epochs", type=amount, default=0.0)
     opt.add_argument("--warmup-lr", type=amount, default=1e-6)
@@ -245,17 +284,30 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", help="YAML file of options, or the name of one in train_scripts/recipes")
     run.add_argument("--output", default="output/train", help="folder of the run")
-    run.add_argument("--resume", nargs="?", const="auto", help="auto: the newest checkpoint that is sound; or its folder")
+    run.add_argument(
+        "--resume", nargs="?", const="auto", help="auto: the newest checkpoint that is sound; or its folder"
+    )
     run.add_argument("--seed", type=natural, default=0)
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     _flag(run, "--channels-last", False, "memory layout of images and weights")
     _flag(run, "--compile", False, "torch.compile")
     _flag(run, "--grad-checkpointing", False, "recompute activations in the backward pass instead of keeping them")
     _flag(run, "--sync-bn", False, "norm statistics of all processes' batches together (GPUs)")
-    run.add_argument("--dist-bn", choices=("reduce", "broadcast"), default="reduce", help="norm statistics after an epoch: average, or the main process's")
-    run.add_argument("--val-batch-size", type=positive, help="images at a time on a process; by default the micro-batch")
-    run.add_argument("--save-every", type=natural, default=0, help="updates between checkpoints; one is saved each epoch anyway")
+    run.add_argument(
+        "--dist-bn",
+        choices=("reduce", "broadcast"),
+        default="reduce",
+        help="norm statistics after an epoch: average, or the main process's",
+    )
+    run.add_argument(
+        "--val-batch-size", type=positive, help="images at a time on a process; by default the micro-batch"
+    )
+    run.add_argument(
+        "--save-every", type=natural, default=0, help="updates between checkpoints; one is saved each epoch anyway"
+    )
     run.add_argument("--keep", type=positive, default=2, help="newest checkpoints to keep, beside the best")
     run.add_argument("--log-every", type=positive, default=10, help="updates between looks at the loss")
-    run.add_argument("--report-to", nargs="+", default=[], help="trackers of Accelerate: tensorboard, wandb, trackio, ...")
+    run.add_argument(
+        "--report-to", nargs="+", default=[], help="trackers of Accelerate: tensorboard, wandb, trackio, ..."
+    )
     run.add_argument("--dry-run", action="store_true", help="print what would be done, and touch nothing")

@@ -16,7 +16,6 @@ from typing import Any, Optional
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -80,7 +79,11 @@ class Checkpoints:
             try:
                 self.accelerator.save_state(str(beside))
                 self._save_own(beside, position)
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # torch and safetensors have their own for a full disk
                 failure = str(error)
         if self.agreement.any(bool(failure)):
             raise self._failed(name, beside, failure)
@@ -106,19 +109,6 @@ class Checkpoints:
         if self.accelerator.is_main_process and (self.folder / name).exists():
             self._point("best", name)
 
-    def newest_sound(self) -> tuple[Optional[Path], list[str]]:
-        """The newest checkpoint whose files are those that were written, and why newer ones were left out."""
-        found: list[Any] = [None, []]
-        if self.accelerator.is_main_process:
-            for place in sorted(self._places(), reverse=True):
-                fault = find_fault(place)
-                if fault is None:
-                    found[0] = str(place)
-                    break
-                found[1].append(f"{place}: {fault}")
-        broadcast_object_list(found)
-        return (Path(found[0]) if found[0] else None), found[1]
-
     def load(self, place: Path) -> Optional[Position]:
         """Put everything back as it was; the position of this process."""
         self.accelerator.load_state(str(place))
@@ -139,11 +129,8 @@ class Checkpoints:
             for left in self.folder.glob(".saving-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def _places(self) -> list[Path]:
-        return [place for place in self.folder.glob("update-*") if place.is_dir()]
-
     def _rotate(self) -> None:
-        for old in sorted(self._places())[: -self.keep]:
+        for old in sorted(_places(self.folder))[: -self.keep]:
             if old.name != self.best:
                 os.replace(old, old.with_name(f".saving-{old.name}"))  # never a half-removed checkpoint under its name
                 shutil.rmtree(old.with_name(f".saving-{old.name}"), ignore_errors=True)
@@ -157,16 +144,20 @@ class Checkpoints:
     def _failed(self, name: str, beside: Path, failure: str) -> OSError:
         if self.accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
-        left = sorted(place.name for place in self._places())
+        left = sorted(place.name for place in _places(self.folder))
         intact = f"the newest one, {left[-1]}, is intact" if left else "there is no earlier one"
-        return OSError(f"checkpoint {name} can't be written to {self.folder} ({failure or 'another process failed'}); {intact}")
+        return OSError(
+            f"checkpoint {name} can't be written to {self.folder} ({failure or 'another process failed'}); {intact}"
+        )
 
     def _save_own(self, folder: Path, position: Optional[Position]) -> None:
         """What every process has for itself: its place in the data, and its norm statistics within an epoch."""
         own = self.accelerator.process_index
         (folder / f"position-{own}.json").write_text(json.dumps(position))
         if self.accelerator.num_processes > 1:
-            buffers = {f"{sub}/{name}": b.cpu() for sub, net in self.networks.items() for name, b in net.named_buffers()}
+            buffers = {
+                f"{sub}/{name}": b.cpu() for sub, net in self.networks.items() for name, b in net.named_buffers()
+            }
             save_file(buffers, folder / f"statistics-{own}.safetensors")
 
     def _save_networks(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
@@ -184,6 +175,21 @@ class Checkpoints:
         models.clear()
         for sub, network in self.networks.items():
             load_weights(network, Path(input_dir) / sub / "model.safetensors")
+
+
+def newest_sound(folder: Path) -> tuple[Optional[str], list[str]]:
+    """The newest checkpoint whose files are those that were written, and why newer ones were left out."""
+    faults = []
+    for place in sorted(_places(folder), reverse=True):
+        fault = find_fault(place)
+        if fault is None:
+            return str(place), faults
+        faults.append(f"{place}: {fault}")
+    return None, faults
+
+
+def _places(folder: Path) -> list[Path]:
+    return [place for place in folder.glob("update-*") if place.is_dir()]
 
 
 def find_fault(place: Path) -> Optional[str]:

@@ -65,6 +65,8 @@ def evaluate_model(
         mine = accelerator.gather_for_metrics(mine)
         mine = mine[mine[:, 0] >= 0]
     table = mine.cpu()
+    if len(table) == 0 and stop is not None and stop():
+        return Figures(float("nan"), float("nan"), float("nan"), 0)
     if len(table) == 0:
         raise ValueError("there is no image to evaluate on")
     order = sorted(range(len(table)), key=table[:, :2].tolist().__getitem__)

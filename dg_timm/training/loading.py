@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional, Union
 
@@ -67,6 +67,9 @@ class Share(NamedTuple):
     processes: int = 1
 
 
+ONE = Share()
+
+
 class IndexOrder:
     """Batches of a data set that can be indexed.
 
@@ -84,7 +87,7 @@ class IndexOrder:
         self,
         size: int,
         batch_size: int,
-        share: Share = Share(),
+        share: Share = ONE,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -96,7 +99,9 @@ class IndexOrder:
 
     def batches(self, epoch: int, position: Optional[Position] = None) -> Iterator[tuple[list[Key], Position]]:
         """This process's batches from ``position`` on, each with the position after it."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size) if self.shuffle else np.arange(self.size)
+        order = (
+            np.random.default_rng([self.seed, epoch]).permutation(self.size) if self.shuffle else np.arange(self.size)
+        )
         rows, copies = np.repeat(order, self.repeats), np.tile(np.arange(self.repeats), self.size)
         together = self.batch_size * self.share.processes  # images that all processes take at once
         first = (position["images"] if position else 0) // together
@@ -115,7 +120,14 @@ class StreamOrder:
     """
 
     def __init__(
-        self, rows: Any, batch_size: int, share: Share = Share(), *, shuffle: bool = False, seed: int = 0, buffer: int = 2048
+        self,
+        rows: Any,
+        batch_size: int,
+        share: Share = ONE,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        buffer: int = 2048,
     ) -> None:
         self.rows, self.batch_size, self.share, self.shuffle, self.seed = rows, batch_size, share, shuffle, seed
         self.buffer = buffer
@@ -147,9 +159,9 @@ class StreamOrder:
         begin = (first_shard, first_row)
         for place in range(first_shard, len(own)):
             shard = int(own[place])
-            row = first_row if place == first_shard else 0
+            start = first_row if place == first_shard else 0
             rows = self.rows.shard(num_shards=count, index=shard)
-            for row, example in enumerate(rows.skip(row) if row else rows, start=row):
+            for row, example in enumerate(rows.skip(start) if start else rows, start=start):
                 if len(window) == self.buffer:
                     yield *begin, window
                     window, begin = [], (place, row)
@@ -343,11 +355,24 @@ class Loader:
             if batch.faults:
                 raise ValueError("; ".join(batch.faults[:8]))
             if batch.unreadable and self.on_bad_image == "error":
-                raise ValueError(f"unreadable image in {'; '.join(batch.unreadable[:8])} (--on-bad-image skip leaves it out)")
+                raise ValueError(
+                    f"unreadable image in {'; '.join(batch.unreadable[:8])} (--on-bad-image skip leaves it out)"
+                )
             self.skipped += len(batch.unreadable)
             for line in batch.unreadable:
                 self.report(f"skipped an unreadable image, {line}")
             yield batch
+
+    def sample(self, size: int) -> Tensor:
+        """(about size, channels, height, width): readable images from all over the split (the first ones, if streamed)."""
+        split = self.images.split
+        keys: Iterable[Key]
+        if split.streamed:
+            keys = (Key(0, 0, row, 0, example) for row, example in enumerate(split.rows.take(size)))
+        else:
+            keys = [Key(0, 0, int(row)) for row in np.unique(np.linspace(0, len(split.rows) - 1, size).astype(int))]
+        rows = [self.images[key] for key in keys]
+        return torch.stack([row[0] for row in rows if type(row) is tuple])
 
     def nothing(self) -> Batch:
         """A batch in which no image counts."""

@@ -1,6 +1,7 @@
 """The network to train or to validate, its teacher, and what of it is frozen."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -8,12 +9,13 @@ from typing import Any, Optional
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from dg_timm import zoo
 from dg_timm.checkpoint import graph_stages, is_static, routers
+from dg_timm.hub import save_pretrained, write_config
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -39,7 +41,7 @@ def create(
 
     Raises:
         ValueError: naming an unknown model, or options that exclude each other.
-        FileNotFoundError, RuntimeError: for weights that are not there, unreadable, or do not fit.
+        FileNotFoundError, ValueError: for weights that are not there, unreadable, or do not fit.
     """
     options = {key: value for key, value in options.items() if value is not None}
     if num_classes is not None:
@@ -50,11 +52,11 @@ def create(
             raise ValueError("--initial-checkpoint and --pretrained both name weights to start from; give one")
         file = _weights_file(initial_checkpoint)
         overlay = dict(file=str(file), num_classes=_classes_in(name, file), url="", hf_hub_id=None)
-        try:
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        except SafetensorError as error:
-            raise RuntimeError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
-    return timm.create_model(name, pretrained=pretrained or folder, **options)
+        options |= dict(pretrained_cfg_overlay=overlay)
+    try:
+        return timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
+    except (RuntimeError, TypeError) as error:  # weights that do not fit, options that the model does not take
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _resolve(name: str) -> tuple[str, bool]:
@@ -65,7 +67,9 @@ def _resolve(name: str) -> tuple[str, bool]:
     if name.startswith("local-dir:") or (path / "config.json").exists():
         config = path / "config.json"
         if not config.exists():
-            raise FileNotFoundError(f"{path} has no config.json; give a folder saved by dg_timm.save_pretrained or train.py")
+            raise FileNotFoundError(
+                f"{path} has no config.json; give a folder saved by dg_timm.save_pretrained or train.py"
+            )
         zoo.register_twin(json.loads(config.read_text()).get("architecture", ""))
         return f"local-dir:{path}", True
     zoo.register_twin(name)
@@ -73,7 +77,9 @@ def _resolve(name: str) -> tuple[str, bool]:
         if path.exists():
             raise FileNotFoundError(f"{name} has no config.json; give a checkpoint's folder (checkpoints/last, model)")
         near = timm.list_models(f"*{name.removeprefix('dg_').split('.')[0][:8]}*")[:6]
-        raise ValueError(f"{name} is no timm or dg_timm model" + (f"; do you mean one of {', '.join(near)}?" if near else ""))
+        raise ValueError(
+            f"{name} is no timm or dg_timm model" + (f"; do you mean one of {', '.join(near)}?" if near else "")
+        )
     return name, False
 
 
@@ -96,7 +102,7 @@ def _classes_in(name: str, file: Path) -> int:
                 if key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     return int(tensors.get_slice(key).get_shape()[0])
     except SafetensorError as error:
-        raise RuntimeError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
+        raise ValueError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
     raise ValueError(f"{file} has no classifier {classifier}.weight; it is not a checkpoint of {name}")
 
 
@@ -113,7 +119,9 @@ def static_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if is_static([key])}
 
 
-def create_teacher(name: str, student: nn.Module, student_name: str, fresh: bool, **options: Any) -> DistillationTeacher:
+def create_teacher(
+    name: str, student: nn.Module, student_name: str, fresh: bool, **options: Any
+) -> DistillationTeacher:
     """The frozen network whose logits are learned from.
 
     Args:
@@ -126,14 +134,18 @@ def create_teacher(name: str, student: nn.Module, student_name: str, fresh: bool
     """
     if name == "static":
         if not graph_stages(student):
-            raise ValueError(f"{student_name} is static: --distill alone means the network it was converted from; name a teacher")
+            raise ValueError(
+                f"{student_name} is static: --distill alone means the network it was converted from; name a teacher"
+            )
         if fresh:
             raise ValueError(
                 f"--distill: the static network of {student_name} has no trained classifier for these classes. Fine-tune the "
                 "static network first and start from it (--initial-checkpoint static/model --distill), or name a teacher"
             )
         if any(r.scale is None or r.scale[0] != 2 or bool(r.scale[1:].any()) for r in routers(student).values()):
-            raise ValueError(f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher")
+            raise ValueError(
+                f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher"
+            )
         options = {key: value for key, value in options.items() if key not in ("edge_scale", "block_shortcut")}
         architecture = student.pretrained_cfg["architecture"]
         teacher = timm.create_model(architecture.removeprefix("dg_"), num_classes=student.num_classes, **options)
@@ -143,6 +155,17 @@ def create_teacher(name: str, student: nn.Module, student_name: str, fresh: bool
         if teacher.num_classes != student.num_classes:
             raise ValueError(f"the teacher {name} has {teacher.num_classes} classes, the student {student.num_classes}")
     return DistillationTeacher(teacher.requires_grad_(False).eval())
+
+
+@torch.no_grad()
+def scale_classifier(model: nn.Module, factor: float) -> None:
+    """Multiply the classifier's weights; its bias starts at 0.
+
+    EfficientNets draw a classifier from +-1 / sqrt(classes): over 10 classes its logits are large, and the first updates
+    undo pretrained features.
+    """
+    for name, parameter in model.get_classifier().named_parameters():  # type: ignore[operator]
+        parameter.mul_(0.0 if name.endswith("bias") else factor)
 
 
 def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
@@ -185,3 +208,20 @@ def has_finite_weights(model: nn.Module) -> bool:
 def load_weights(model: nn.Module, file: Path) -> None:
     """Load safetensors into a model of the same names and shapes."""
     model.load_state_dict(load_file(file))
+
+
+def save_model(model: nn.Module, folder: Path, **card: Any) -> None:
+    """Write a network in Hub layout: as :func:`dg_timm.save_pretrained`; a static one without a card."""
+    if graph_stages(model):
+        save_pretrained(model, folder, overwrite=True, **card)
+        return
+    folder.mkdir(parents=True, exist_ok=True)  # a static network's card is timm's business
+    beside = folder / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+    write_config(model, beside / "config.json", label_names=card["label_names"], data_config=card["data_config"])
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()

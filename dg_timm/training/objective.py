@@ -74,5 +74,7 @@ class Classification:
         with torch.no_grad():
             theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
         t = self.temperature
-        divergence = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1), reduction="none", log_target=True)
+        divergence = F.kl_div(
+            F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1), reduction="none", log_target=True
+        )
         return divergence.sum(1) * t * t

@@ -33,7 +33,9 @@ def split_batch(images: int, processes: int, micro_batch: Optional[int] = None) 
     each = images // processes
     if each * processes != images or each == 0:
         near = max(round(images / processes), 1) * processes
-        raise ValueError(f"--batch-size {images} can't be shared by {processes} processes; the nearest that can is {near}")
+        raise ValueError(
+            f"--batch-size {images} can't be shared by {processes} processes; the nearest that can is {near}"
+        )
     size = min(micro_batch or each, each)
     if each % size:
         fitting = max(k for k in range(1, size + 1) if each % k == 0)

@@ -31,7 +31,9 @@ def make_accelerator(
         raise ValueError(f"--report-to {unknown[0]}: there are {', '.join(LOGGER_TYPE_TO_CLASS)}")
     missing = set(trackers) - {str(logger) for logger in get_available_trackers()}
     if missing:
-        raise ValueError(f"--report-to {' '.join(sorted(missing))}: not installed; pip install {' '.join(sorted(missing))}")
+        raise ValueError(
+            f"--report-to {' '.join(sorted(missing))}: not installed; pip install {' '.join(sorted(missing))}"
+        )
     return Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,

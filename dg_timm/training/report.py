@@ -43,7 +43,9 @@ class Report:
             write_beside(self.folder / "args.yaml", yaml.safe_dump(dict(args), sort_keys=False))
             write_beside(self.folder / "environment.json", json.dumps(environment(self.accelerator), indent=1) + "\n")
         if trackers:
-            flat = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in args.items()}
+            flat = {
+                key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in args.items()
+            }
             self.accelerator.init_trackers("dg_timm", config=flat)
 
     def resume(self, epochs: int, updates: int) -> None:
@@ -55,7 +57,9 @@ class Report:
         """A row of updates.csv (written with the next checkpoint or epoch) and of the trackers."""
         self.updates.append(row)
         if self.accelerator.is_main_process:
-            self.accelerator.log({f"train/{key}": value for key, value in row.items() if key != "update"}, step=int(row["update"]))
+            self.accelerator.log(
+                {f"train/{key}": value for key, value in row.items() if key != "update"}, step=int(row["update"])
+            )
 
     def add_epoch(self, row: Row) -> None:
         """A row of summary.csv and of the trackers; the curves are drawn anew."""
@@ -88,7 +92,9 @@ def graph_statistics(model: nn.Module, images: Tensor) -> Row:
         edges = alpha[:, *torch.triu_indices(n, n, 1, device=alpha.device)].float()
         row[f"{name}.weight"] = round(edges.mean().item(), 5)
         row[f"{name}.open"] = round((edges != 0).float().mean().item(), 5)
-    row["cost"] = round(relative_cost(model, alphas, (images.shape[1], images.shape[2], images.shape[3])).mean().item(), 5)
+    row["cost"] = round(
+        relative_cost(model, alphas, (images.shape[1], images.shape[2], images.shape[3])).mean().item(), 5
+    )
     return row
 
 
@@ -110,7 +116,17 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude",
+        "*",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -127,7 +143,9 @@ def draw_curves(epochs: list[Row], updates: list[Row], file: Path) -> None:
         return
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    loss.plot([r["update"] for r in updates], [r["loss"] for r in updates], linewidth=0.8, color="0.7", label="training")
+    loss.plot(
+        [r["update"] for r in updates], [r["loss"] for r in updates], linewidth=0.8, color="0.7", label="training"
+    )
     for name, axis, style in (("loss", loss, "o-"), ("top1", accuracy, "o-")):
         for prefix in ("eval", "ema"):
             points = [(r["updates"], r[f"{prefix}_{name}"]) for r in epochs if f"{prefix}_{name}" in r]

@@ -87,7 +87,9 @@ def load_splits(
     names = _label_names(train_rows, label, label_names, source)
     if val_rows is None:
         if streaming:
-            raise ValueError(f"{source} has no {' or '.join(HELD_OUT_SPLITS)} split; name one with --val-split or --val-data")
+            raise ValueError(
+                f"{source} has no {' or '.join(HELD_OUT_SPLITS)} split; name one with --val-split or --val-data"
+            )
         train_rows, val_rows = _set_aside(train_rows, label, test_fraction, seed, source)
     val_image, val_label = _columns(val_rows, image_key or image, label_key or label, val_source or source)
     own = val_rows.features[val_label]
@@ -117,7 +119,9 @@ def _load(source: str, streaming: bool) -> dict[str, Any]:
         saved = datasets.load_from_disk(str(path))  # memory-mapped: nothing is copied
         parts = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         if streaming:
-            parts = {name: part.to_iterable_dataset(num_shards=min(64, max(len(part), 1))) for name, part in parts.items()}
+            parts = {
+                name: part.to_iterable_dataset(num_shards=min(64, max(len(part), 1))) for name, part in parts.items()
+            }
         return parts
     return dict(datasets.load_dataset(str(path), streaming=streaming))
 
@@ -172,7 +176,9 @@ def _label_names(rows: Any, label: str, given: Optional[Sequence[str]], source: 
 def _set_aside(rows: Any, label: str, fraction: float, seed: int, source: str) -> tuple[Any, Any]:
     labels = rows.select_columns([label])[:][label]
     if labels and min(np.unique(labels, return_counts=True)[1]) < 2:
-        raise ValueError(f"{source} has no split to evaluate on, and a class of a single image can't be split; add images")
+        raise ValueError(
+            f"{source} has no split to evaluate on, and a class of a single image can't be split; add images"
+        )
     kinds = ClassLabel(names=[str(value) for value in sorted(set(labels))])
     places = Dataset.from_dict({"row": range(len(labels)), "label": [str(value) for value in labels]})
     halves = places.cast_column("label", kinds).train_test_split(fraction, stratify_by_column="label", seed=seed)

@@ -128,7 +128,13 @@ class Trainer:
         on_epoch: Callable[[int], None] = lambda epoch: None,
         on_best: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        self.accelerator, self.model, self.optimizer, self.schedule, self.ema = accelerator, model, optimizer, schedule, ema
+        self.accelerator, self.model, self.optimizer, self.schedule, self.ema = (
+            accelerator,
+            model,
+            optimizer,
+            schedule,
+            ema,
+        )
         self.loader, self.objective, self.evaluate, self.checkpoints = loader, objective, evaluate, checkpoints
         self.report, self.agreement, self.stop, self.plan = report, agreement, stop, plan
         self.on_epoch, self.on_best = on_epoch, on_best
@@ -136,13 +142,14 @@ class Trainer:
         self.progress = Progress()
         self._recent: list[Tensor] = []  # (loss sum, correct, images) of updates that were not looked at yet
         self._since = time.perf_counter()
+        self._skipped_before = 0  # unreadable images, over all processes, before a resume
         accelerator.register_for_checkpointing(schedule, self.progress)
 
     def resume(self, place: Path) -> Optional[Position]:
         """Go back to a checkpoint; the position to give to :meth:`run`."""
         position = self.checkpoints.load(place)
         self.checkpoints.best = self.progress.best_checkpoint or None
-        self.loader.skipped = self.progress.skipped
+        self._skipped_before = self.progress.skipped
         self.report.resume(self.progress.evaluated, self.progress.update)
         return position
 
@@ -293,7 +300,7 @@ class Trainer:
         # all processes have the same weights, but not the same norm statistics
         if self.agreement.any(not has_finite_weights(self.network)):
             raise NonFiniteLoss(f"the weights are no longer finite at update {self.progress.update}")
-        self.progress.skipped = self.loader.skipped
+        self.progress.skipped = self._skipped_before + int(self.agreement.sum(self.loader.skipped)[0])
         name = f"update-{self.progress.update:08d}" + (f"-epoch-{self.progress.epoch:04d}" if end_of_epoch else "")
         place = self.checkpoints.save(name, None if end_of_epoch else self.loader.position)
         self.report.write_tables()
@@ -326,14 +333,16 @@ class Trainer:
             eval_seconds=round(time.perf_counter() - started, 2),
         )
         if progress.skipped:
-            row["skipped_images"] = progress.skipped
+            row["skipped_images"] = progress.skipped  # so far
         if is_best:
             progress.best_metric, progress.best_epoch = metric, progress.epoch
             progress.best_checkpoint = f"update-{progress.update:08d}-epoch-{progress.epoch:04d}"
             self.checkpoints.mark_best(progress.best_checkpoint)
         self.report.add_epoch(row)
         shown = {key: value for key, value in row.items() if "." not in key and key not in ("epoch", "updates")}
-        text = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
+        text = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+        )
         self.report.line(f"epoch {progress.epoch}/{self.plan.epochs}: {text}" + (" (best)" if is_best else ""))
         failure = ""
         if is_best and self.accelerator.is_main_process:
@@ -342,4 +351,6 @@ class Trainer:
             except OSError as error:
                 failure = str(error)
         if self.agreement.any(bool(failure)):
-            raise OSError(f"the best model can't be written ({failure or 'by another process'}); its checkpoint is intact")
+            raise OSError(
+                f"the best model can't be written ({failure or 'by another process'}); its checkpoint is intact"
+            )
