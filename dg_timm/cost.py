@@ -1,7 +1,8 @@
 """What a dynamic graph network has to compute for an image, given which edges are open (paper 3.4).
 
-A node all of whose input edges are closed is not run, and a closed edge is not read. Everything else is: stem, head, entry
-blocks, node 0's projection and the routers (whose multiply-adds, C x out-degree a node, are left out as in Table 1).
+A node all of whose input edges are closed is not run, and a closed edge is not read. Everything else is: stem, head,
+entry blocks, node 0's projection and the routers (whose C x out-degree multiply-adds a node are left out, as in Table
+1).
 """
 
 from typing import Optional
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dg_timm.checkpoint import graph_stages
 from dg_timm.introspect import adjacency
+from dg_timm.stage import DGStage
 from dg_timm.stages import run_on_meta
 
 _LAYERS = (nn.Conv2d, nn.Linear)
@@ -78,10 +80,8 @@ def relative_cost(
     return run / static
 
 
-def _is_ready_shortcut(graph: nn.Module, node: int, layer: str) -> bool:
+def _is_ready_shortcut(graph: DGStage, node: int, layer: str) -> bool:
     """Block 1's own downsampling feeds node 0 and runs whether block 1 does or not."""
-    return (
-        node == 1
-        and layer.startswith("downsample.")
-        and hasattr(graph.get_submodule(graph.block_names[0]), "projects_shortcut")
-    )
+    if node != 1 or not layer.startswith("downsample."):
+        return False
+    return hasattr(graph.get_submodule(graph.block_names[0]), "projects_shortcut")

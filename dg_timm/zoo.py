@@ -129,7 +129,9 @@ def register_twin(name: str) -> None:
     variant = name.partition(".")[0].removeprefix("dg_")
     if not name.startswith("dg_") or is_model(_twin(variant)) or not is_model(variant):
         return
-    cfgs = {_twin(n): dataclasses.replace(c, architecture=None) for n, c in get_arch_pretrained_cfgs(variant).items()}
+    cfgs: Any = {
+        _twin(n): dataclasses.replace(c, architecture=None) for n, c in get_arch_pretrained_cfgs(variant).items()
+    }
     default_cfgs.update(generate_default_cfgs(cfgs))
     _register(variant)
 

@@ -1,6 +1,7 @@
 """Training and evaluation through Accelerate: what the scripts in train_scripts share.
 
-Nothing here is needed to use a network; it wants the extra: ``pip install 'dg-timm[train]'``. Imports point up this list::
+Nothing here is needed to use a network; it wants the extra, ``pip install 'dg-timm[train]'``.
+Imports point up this list::
 
     arguments      options, recipes, which of them a resumed run must share
     sources        data sets: the Hub, folders, Parquet, webdataset shards, digits

@@ -144,8 +144,8 @@ def _flag(group: Group, name: str, default: bool, help: str) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Where images come from."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="digits", help="digits; a folder of images, Parquet, webdataset shards, or saved "
-                      "by save_to_disk; a .parquet or .tar file; or a data set on the Hub")  # fmt: skip
+    data.add_argument("--data", default="digits", help="digits; a folder of images, Parquet, webdataset shards, or "
+                      "saved by save_to_disk; a .parquet or .tar file; or a data set on the Hub")  # fmt: skip
     data.add_argument("--val-data", help="another one to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="by default train")
     data.add_argument("--val-split", help="by default validation, else test, else a fifth of every class is set aside")
@@ -215,8 +215,8 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The network."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="dg_resnet18", help="a timm or dg_* name, hf-hub:..., local-dir:..., or a folder; "
-                       "dg_ may stand before any timm model that dg_timm.dynamize takes")  # fmt: skip
+    model.add_argument("--model", default="dg_resnet18", help="a timm or dg_* name, hf-hub:..., local-dir:..., or a "
+                       "folder; dg_ may stand before any timm model that dg_timm.dynamize takes")  # fmt: skip
     _flag(model, "--pretrained", False, "start from the published weights")
     model.add_argument(
         "--initial-checkpoint", help="safetensors file or folder to start from; a static one is converted"
@@ -270,8 +270,8 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm")
     opt.add_argument("--smoothing", type=share, default=0.0, help="of labels")
     opt.add_argument("--loss", choices=("ce", "bce"), default="ce")
-    opt.add_argument("--distill", nargs="?", const="static", metavar="TEACHER", help="learn a teacher's logits; alone: those "
-                     "of the static network that --model was converted from")  # fmt: skip
+    opt.add_argument("--distill", nargs="?", const="static", metavar="TEACHER", help="learn a teacher's logits; alone: "
+                     "those of the static network that --model was converted from")  # fmt: skip
     opt.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
     opt.add_argument("--distill-temperature", type=amount, default=1.0)
     opt.add_argument("--ema-decay", type=share, help="keep an average of the weights, and evaluate it too")

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside their place, checked by hashes, renamed into it, and rotated.
 
-A checkpoint is a folder: ``model.safetensors`` and ``config.json`` (Hub layout: ``timm.create_model("local-dir:...")`` and
-validate.py take it), ``ema/`` alike, the states of optimizer, schedule, scaler and every process's random generators and
-place in the data, ``args.yaml``, and ``hashes.json``, which is written last.
+A checkpoint is a folder: ``model.safetensors`` and ``config.json`` (Hub layout: ``timm.create_model("local-dir:...")``
+and validate.py take it), ``ema/`` alike, the states of optimizer, schedule, scaler and every process's random
+generators and place in the data, ``args.yaml``, and ``hashes.json``, which is written last.
 """
 
 import hashlib
@@ -179,7 +179,7 @@ class Checkpoints:
 
 def newest_sound(folder: Path) -> tuple[Optional[str], list[str]]:
     """The newest checkpoint whose files are those that were written, and why newer ones were left out."""
-    faults = []
+    faults: list[str] = []
     for place in sorted(_places(folder), reverse=True):
         fault = find_fault(place)
         if fault is None:

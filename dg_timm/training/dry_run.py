@@ -36,15 +36,20 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     optimizer, schedule, epochs = build_optimization(args, network.model, updates)
     counts = complexity(network.model, network.data_config["input_size"])
 
-    print(f"model        {args.model}: {counts.params / 1e6:.3f} M parameters, {counts.multiply_adds / 1e6:.1f} M multiply-adds "
-          f"at {' x '.join(map(str, network.data_config['input_size']))}, {len(graph_stages(network.model))} graphs")  # fmt: skip
+    size = " x ".join(map(str, network.data_config["input_size"]))
+    print(
+        f"model        {args.model}: {counts.params / 1e6:.3f} M parameters, {counts.multiply_adds / 1e6:.1f} M "
+        f"multiply-adds at {size}, {len(graph_stages(network.model))} graphs"
+    )
     print(f"data         {source}: {rows} images to train on, {args.num_classes or classes} classes")
-    print(f"batch        {split.images} images an update = {split.micro_batch} at a time x {split.accumulation} accumulated "
-          f"x {split.processes} processes; {updates} updates an epoch, {epochs * updates} in {epochs} epochs")  # fmt: skip
+    print(
+        f"batch        {split.images} images an update = {split.micro_batch} at a time x {split.accumulation} "
+        f"accumulated x {split.processes} processes; {updates} updates an epoch, {epochs * updates} in {epochs} epochs"
+    )
     print("parameter groups")
     for group in optimizer.param_groups:
-        size = sum(p.numel() for p in group["params"])
-        print(f"  {'graph' if group['graph'] else 'network':8} {len(group['params']):5} tensors {size / 1e6:10.4f} M   "
+        count = sum(p.numel() for p in group["params"])
+        print(f"  {'graph' if group['graph'] else 'network':8} {len(group['params']):5} tensors {count / 1e6:10.4f} M "
               f"lr x {group['lr_scale']:<8.4g} weight decay {group['weight_decay']:g}")  # fmt: skip
     print(f"schedule     {args.sched}, learning rate by epoch (x its group's factor):")
     for epoch in sorted({0, *(round(epochs * k / 8) for k in range(9)), round(args.warmup_epochs)}):
@@ -56,8 +61,11 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             else f"  epoch {epoch:5} frozen"
         )
     seconds = time_update(network, split.micro_batch, accelerator) * split.accumulation
-    print(f"time         about {seconds * updates / 60:.1f} minutes an epoch and {seconds * updates * epochs / 3600:.2f} hours in all "
-          f"on {accelerator.device} (forward and backward of random images, measured now; not the reading of data)")  # fmt: skip
+    print(
+        f"time         about {seconds * updates / 60:.1f} minutes an epoch, {seconds * updates * epochs / 3600:.2f} "
+        f"hours in all on {accelerator.device} (forward and backward of random images, measured now; reading data and "
+        "evaluation come on top)"
+    )
 
 
 def time_update(network: Network, size: int, accelerator: Accelerator) -> float:
@@ -68,6 +76,6 @@ def time_update(network: Network, size: int, accelerator: Accelerator) -> float:
     for _ in range(4):
         start = time.perf_counter()
         model(images).sum().backward()
-        next(p for p in model.parameters() if p.grad is not None).grad.sum().item()  # type: ignore[union-attr]
+        next(p for p in model.parameters() if p.grad is not None).grad.sum().item()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[1]

@@ -1,8 +1,8 @@
 """Exact figures under any number of processes.
 
-Each process keeps a row of statistics an image; they are gathered once, put in the order of the data set and summed in
-float64. Batches are filled up to one size, so that an image's logits don't depend on who shared its batch. The result is
-that of one process to the last digit, whatever the sizes.
+Each process keeps a row of statistics an image; they are gathered once, put in the order of the data set and summed
+in float64. Batches are filled up to one size, so that an image's logits don't depend on who shared its batch. The
+result is that of one process to the last digit, whatever the sizes.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ def evaluate_model(
 
     Args:
         model: not wrapped for distributed training: processes may have different numbers of batches.
-        stop: if given and ``stop()`` becomes true, the rest of the batches is left out (the figures are then of no use).
+        stop: if given and ``stop()`` becomes true, the rest is left out (the figures are then of no use).
 
     Raises:
         ValueError: if there is no image.

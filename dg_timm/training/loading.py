@@ -73,14 +73,14 @@ ONE = Share()
 class IndexOrder:
     """Batches of a data set that can be indexed.
 
-    The epoch's order is cut into chunks of ``batch_size``; chunk c goes to process c modulo their number. So the rows of
-    an update depend only on its number of images, not on the number of processes that share it.
+    The epoch's order is cut into chunks of ``batch_size``; chunk c goes to process c modulo their number. So the rows
+    of an update depend only on its number of images, not on the number of processes that share it.
 
     Args:
         size: rows.
         batch_size: of one process.
         multiple: rows are used up to a multiple of this (those of an update); 1 keeps all, with a short last batch.
-        repeats: copies of every row in an epoch, each augmented on its own (Hoffer et al., 2020); the epoch's length stays.
+        repeats: copies of every row in an epoch, each augmented on its own (Hoffer et al., 2020); the length stays.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ class Loader:
         self._keys = _Keys(order)
         self._loader: DataLoader[Batch] = DataLoader(
             images,
-            batch_sampler=self._keys,  # type: ignore[arg-type]
+            batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=_Collate(order.batch_size, image_size),
             pin_memory=pin_memory,
@@ -364,7 +364,7 @@ class Loader:
             yield batch
 
     def sample(self, size: int) -> Tensor:
-        """(about size, channels, height, width): readable images from all over the split (the first ones, if streamed)."""
+        """(about size, channels, height, width): readable images from all over the split (the first, if streamed)."""
         split = self.images.split
         keys: Iterable[Key]
         if split.streamed:
@@ -372,7 +372,7 @@ class Loader:
         else:
             keys = [Key(0, 0, int(row)) for row in np.unique(np.linspace(0, len(split.rows) - 1, size).astype(int))]
         rows = [self.images[key] for key in keys]
-        return torch.stack([row[0] for row in rows if type(row) is tuple])
+        return torch.stack([row[0] for row in rows if type(row) is tuple])  # type: ignore[misc]
 
     def nothing(self) -> Batch:
         """A batch in which no image counts."""

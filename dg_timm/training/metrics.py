@@ -10,7 +10,7 @@ import numpy as np
 class TopKAccuracy(evaluate.Metric):
     """Share of the images whose label is among the first ``k`` predictions, for every k up to the number given.
 
-    ``compute(predictions=..., references=...)``: predictions (n, k), class indices, best first; references (n,), labels.
+    ``compute(predictions=..., references=...)``: predictions (n, k), class indices, best first; references (n,).
     Returns ``{"top1": ..., "top5": ...}`` in percent (top5 only where k >= 5).
     """
 

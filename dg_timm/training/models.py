@@ -1,5 +1,6 @@
 """The network to train or to validate, its teacher, and what of it is frozen."""
 
+import difflib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dg_timm import zoo
 from dg_timm.checkpoint import graph_stages, is_static, routers
 from dg_timm.hub import save_pretrained, write_config
 
+TimmModel = Any  # an nn.Module with timm's attributes
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -27,7 +29,7 @@ def create(
     initial_checkpoint: Optional[str] = None,
     num_classes: Optional[int] = None,
     **options: Any,
-) -> nn.Module:
+) -> TimmModel:
     """A timm model by any of its names.
 
     Args:
@@ -64,6 +66,8 @@ def _resolve(name: str) -> tuple[str, bool]:
     if name.startswith(("hf-hub:", "hf_hub:")):
         return name, True
     path = Path(name.removeprefix("local-dir:"))
+    if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+        path = path / "model"  # of a run's folder
     if name.startswith("local-dir:") or (path / "config.json").exists():
         config = path / "config.json"
         if not config.exists():
@@ -76,10 +80,8 @@ def _resolve(name: str) -> tuple[str, bool]:
     if not timm.is_model(name):
         if path.exists():
             raise FileNotFoundError(f"{name} has no config.json; give a checkpoint's folder (checkpoints/last, model)")
-        near = timm.list_models(f"*{name.removeprefix('dg_').split('.')[0][:8]}*")[:6]
-        raise ValueError(
-            f"{name} is no timm or dg_timm model" + (f"; do you mean one of {', '.join(near)}?" if near else "")
-        )
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.0)
+        raise ValueError(f"{name} is no timm or dg_timm model; do you mean {', '.join(near)}?")
     return name, False
 
 
@@ -95,7 +97,7 @@ def _weights_file(source: str) -> Path:
 
 def _classes_in(name: str, file: Path) -> int:
     """How many classes the classifier in a weights file has."""
-    classifier = timm.get_pretrained_cfg(name).classifier
+    classifier = timm.get_pretrained_cfg_value(name, "classifier")
     try:
         with safe_open(file, "pt") as tensors:
             for key in (f"{classifier}.weight", f"{classifier}.bias"):
@@ -120,12 +122,12 @@ def static_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def create_teacher(
-    name: str, student: nn.Module, student_name: str, fresh: bool, **options: Any
+    name: str, student: TimmModel, student_name: str, fresh: bool, **options: Any
 ) -> DistillationTeacher:
     """The frozen network whose logits are learned from.
 
     Args:
-        name: any that :func:`create` takes, with weights; or ``static``: the network that the student was converted from.
+        name: any that :func:`create` takes, with weights; or ``static``: the student's static network.
         student: before any training.
         fresh: whether the student's weights (or its classifier) are random.
 
@@ -139,8 +141,8 @@ def create_teacher(
             )
         if fresh:
             raise ValueError(
-                f"--distill: the static network of {student_name} has no trained classifier for these classes. Fine-tune the "
-                "static network first and start from it (--initial-checkpoint static/model --distill), or name a teacher"
+                f"--distill: the static network of {student_name} has no trained classifier for these classes. "
+                "Fine-tune that one first and start from it (--initial-checkpoint), or name a teacher"
             )
         if any(r.scale is None or r.scale[0] != 2 or bool(r.scale[1:].any()) for r in routers(student).values()):
             raise ValueError(
@@ -161,8 +163,8 @@ def create_teacher(
 def scale_classifier(model: nn.Module, factor: float) -> None:
     """Multiply the classifier's weights; its bias starts at 0.
 
-    EfficientNets draw a classifier from +-1 / sqrt(classes): over 10 classes its logits are large, and the first updates
-    undo pretrained features.
+    EfficientNets draw a classifier from +-1 / sqrt(classes): over 10 classes its logits are large, and the first
+    updates undo pretrained features.
     """
     for name, parameter in model.get_classifier().named_parameters():  # type: ignore[operator]
         parameter.mul_(0.0 if name.endswith("bias") else factor)
@@ -172,8 +174,8 @@ def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
     """Stop parameters from learning.
 
     Args:
-        what: ``none``; ``backbone`` (all but the classifier); ``all-but-graph`` (all but routers, scales, thresholds and
-            projections, and a classifier that is new).
+        what: ``none``; ``backbone`` (all but the classifier); ``all-but-graph`` (all but routers, scales, thresholds
+            and projections, and a classifier that is new).
 
     Returns:
         the names of what still learns.

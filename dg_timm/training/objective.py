@@ -24,7 +24,7 @@ class Classification:
 
     Args:
         smoothing: mass that the label gives to all classes (Szegedy et al., 2016).
-        loss: ``ce`` or ``bce`` (Wightman et al., 2021: every class on its own; summed over classes / number of classes).
+        loss: ``ce`` or ``bce`` (Wightman et al., 2021: every class on its own, averaged).
         mixup: timm's, or None.
         teacher: whose logits are learned (Hinton et al., 2015), or None.
         distill_weight: share of the distillation in the loss, 0..1.

@@ -40,8 +40,8 @@ def split_batch(images: int, processes: int, micro_batch: Optional[int] = None) 
     if each % size:
         fitting = max(k for k in range(1, size + 1) if each % k == 0)
         raise ValueError(
-            f"--micro-batch {size} does not divide the {each} images of a process (--batch-size {images} over {processes} "
-            f"processes); use {fitting}"
+            f"--micro-batch {size} does not divide the {each} images of a process (--batch-size {images} over "
+            f"{processes} processes); use {fitting}"
         )
     return BatchSplit(images, size, each // size, processes)
 
@@ -128,7 +128,7 @@ def create_schedule(
         optimizer,
         sched,
         num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
+        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions are fine
         warmup_lr=warmup_lr,
         min_lr=min_lr,
         cooldown_epochs=cooldown_epochs,

@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line an epoch, summary.csv, updates.csv, args.yaml, environment.json, curves.png, trackers."""
+"""What a run leaves to read: a line an epoch, tables, options, environment, curves, trackers."""
 
 import csv
 import json
@@ -89,7 +89,8 @@ def graph_statistics(model: nn.Module, images: Tensor) -> Row:
     row: Row = {}
     for name, alpha in alphas.items():
         n = alpha.shape[-1]
-        edges = alpha[:, *torch.triu_indices(n, n, 1, device=alpha.device)].float()
+        upper = torch.triu_indices(n, n, 1, device=alpha.device)
+        edges = alpha[:, upper[0], upper[1]].float()
         row[f"{name}.weight"] = round(edges.mean().item(), 5)
         row[f"{name}.open"] = round((edges != 0).float().mean().item(), 5)
     row["cost"] = round(

@@ -125,7 +125,7 @@ def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tu
 
 
 class Network(NamedTuple):
-    model: nn.Module
+    model: Any  # a timm model
     objective: Classification
     data_config: dict[str, Any]
     learning: list[str]  # names of the parameters that are not frozen
@@ -145,11 +145,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     if args.head_init_scale != 1 and not own_classifier:
         models.scale_classifier(model, args.head_init_scale)
     learning = models.freeze(model, args.freeze, not own_classifier)
-    image_args = dict(
-        input_size=(model.in_chans, args.image_size, args.image_size) if args.image_size else None,
-        **{key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")},
-    )
-    data_config = resolve_data_config({k: v for k, v in image_args.items() if v is not None}, model=model)
+    data_config = data_config_of(model, args)
     teacher = None
     if args.distill:
         teacher = models.create_teacher(args.distill, model, args.model, not own_classifier, in_chans=args.in_chans)
@@ -186,6 +182,15 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Network(model, objective, data_config, learning, not (args.pretrained or args.initial_checkpoint))
+
+
+def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Preprocessing: the model's own, where the options do not say otherwise."""
+    given = {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+    if args.image_size:
+        given["input_size"] = (model.in_chans, args.image_size, args.image_size)
+    config: dict[str, Any] = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
+    return config
 
 
 def build_optimization(

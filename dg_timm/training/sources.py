@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 TRAIN_SPLITS = ("train", "training")
 HELD_OUT_SPLITS = ("validation", "val", "valid", "test")  # a Hub test split often has no labels
@@ -56,8 +56,8 @@ def load_splits(
     """Load a classification data set.
 
     Args:
-        source: ``digits`` (scikit-learn's 1,797 handwritten digits, 8 x 8); a folder (of images, a folder for each class,
-            optionally below train/ and validation/ or test/; of Parquet files; of webdataset shards; saved by
+        source: ``digits`` (scikit-learn's 1,797 handwritten digits, 8 x 8); a folder (of images, a folder for each
+            class, optionally below train/ and validation/ or test/; of Parquet files; of webdataset shards; saved by
             ``save_to_disk``); a Parquet or tar file; or the name of a data set on the Hub.
         val_source: another one to evaluate on; by default a split of ``source``.
         train_split, val_split: their names; by default train, and validation or else test.
@@ -179,9 +179,12 @@ def _set_aside(rows: Any, label: str, fraction: float, seed: int, source: str) -
         raise ValueError(
             f"{source} has no split to evaluate on, and a class of a single image can't be split; add images"
         )
-    kinds = ClassLabel(names=[str(value) for value in sorted(set(labels))])
-    places = Dataset.from_dict({"row": range(len(labels)), "label": [str(value) for value in labels]})
-    halves = places.cast_column("label", kinds).train_test_split(fraction, stratify_by_column="label", seed=seed)
+    ids = {value: k for k, value in enumerate(sorted(set(labels)))}
+    features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=len(ids))})
+    table = {"row": list(range(len(labels))), "label": [ids[value] for value in labels]}
+    halves = Dataset.from_dict(table, features=features).train_test_split(
+        fraction, stratify_by_column="label", seed=seed
+    )
     return rows.select(halves["train"]["row"]), rows.select(halves["test"]["row"])
 
 
@@ -208,7 +211,8 @@ def _split(rows: Any, image: str, label: str, names: list[str], name: str) -> Sp
         bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if len(bad):
             raise ValueError(
-                f"label {labels[bad[0]]} at row {bad[0]} of {name} is outside 0..{len(names) - 1} ({len(bad)} such rows)"
+                f"label {labels[bad[0]]} at row {bad[0]} of {name} is outside 0..{len(names) - 1}; so are "
+                f"{len(bad) - 1} more"
             )
     return Split(rows.cast_column("image", Image(decode=False)), name, len(rows))
 

@@ -81,7 +81,7 @@ class Plan:
         log_every: updates between looks at the loss.
         patience: epochs without a better evaluation before stopping; None never stops early.
         fixed_norms: leave all norm statistics as they are.
-        dist_bn: ``reduce`` (average) or ``broadcast`` (the main process's): norm statistics of all processes after an epoch.
+        dist_bn: ``reduce`` (average) or ``broadcast`` (the main process's): norm statistics after an epoch.
     """
 
     epochs: int
@@ -140,7 +140,9 @@ class Trainer:
         self.on_epoch, self.on_best = on_epoch, on_best
         self.network = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.progress = Progress()
-        self._recent: list[Tensor] = []  # (loss sum, correct, images) of updates that were not looked at yet
+        # of updates that were not looked at yet: (loss sum, correct, images), and the learning rate
+        self._recent: list[Tensor] = []
+        self._rates: list[float] = []
         self._since = time.perf_counter()
         self._skipped_before = 0  # unreadable images, over all processes, before a resume
         accelerator.register_for_checkpointing(schedule, self.progress)
@@ -245,8 +247,9 @@ class Trainer:
         self.progress.update += 1
         if self.ema is not None:
             self.ema.update(self.network, step=self.progress.update)
-        self.schedule.step_update(self.progress.update)
         self._recent.append(sums)
+        self._rates.append(max(group["lr"] / (group.get("lr_scale") or 1.0) for group in self.optimizer.param_groups))
+        self.schedule.step_update(self.progress.update)
         return True
 
     def _clip(self) -> None:
@@ -263,20 +266,19 @@ class Trainer:
             adaptive_clip_grad(parameters, plan.clip_grad)
 
     def _look(self, bar: Any) -> None:
-        """Bring the sums of the last updates to the host, over all processes: the one place that waits for the device."""
+        """Bring the sums of the last updates to the host, over all processes: all that waits for the device."""
         if not self._recent:
             return
-        progress, recent = self.progress, torch.stack(self._recent).cpu()
-        self._recent = []
+        progress, recent, rates = self.progress, torch.stack(self._recent).cpu(), self._rates
+        self._recent, self._rates = [], []
         flat = self.agreement.sum(*recent.flatten().tolist(), time.perf_counter() - self._since)
         self._since = time.perf_counter()
         seconds = flat[-1] / self.accelerator.num_processes
         table = torch.tensor(flat[:-1], dtype=torch.float64).view(-1, 3)
         loss = table[:, 0] / table[:, 2]
-        rate = max(group["lr"] / (group.get("lr_scale") or 1.0) for group in self.optimizer.param_groups)
         for k in (~torch.isfinite(loss)).nonzero()[:1, 0].tolist():
             update = progress.update - len(loss) + k + 1
-            raise NonFiniteLoss(f"the loss became {loss[k].item()} at update {update} (learning rate {rate:.3g})")
+            raise NonFiniteLoss(f"the loss became {loss[k].item()} at update {update} (learning rate {rates[k]:.3g})")
         loss_sum, correct, images = table.sum(0).tolist()
         progress.loss_sum += loss_sum
         progress.correct += correct
@@ -286,12 +288,12 @@ class Trainer:
             update=progress.update,
             loss=loss_sum / images,
             top1=100 * correct / images,
-            lr=rate,
+            lr=rates[-1],
             images_per_second=round(images / max(seconds, 1e-9), 2),
         )
         self.report.add_update(row)
         if bar is not None:
-            bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.1f}", lr=f"{rate:.2e}",
+            bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.1f}", lr=f"{rates[-1]:.2e}",
                             img_s=f"{images / max(seconds, 1e-9):.0f}", refresh=False)  # fmt: skip
 
     def _save(self, end_of_epoch: bool = False) -> Path:

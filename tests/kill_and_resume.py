@@ -1,0 +1,159 @@
+"""Kill a training for real, at random moments, and check that nothing is lost.
+
+    python tests/kill_and_resume.py                    # ten kills of each kind, two processes
+    python tests/kill_and_resume.py --kills 1 --processes 1
+
+A run is killed (-9: all processes, one of them, or in the midst of writing a checkpoint; or asked to stop by SIGTERM) and
+resumed until it ends. Its weights, average, optimizer and random generators must then be, bit for bit, those of a run
+that nobody touched, and every checkpoint that had been reported must be there and sound.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("all", "one", "writing", "term")
+OPTIONS = """--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1
+--drop-path 0.1 --epochs 4 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 --ema-decay
+0.9 --save-every 4 --keep 3 --workers 1 --log-every 3""".split()
+
+
+def command(output: Path, processes: int, *extra: str) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+                     "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
+    return [*launcher, str(ROOT / "train_scripts" / "train.py"), *OPTIONS, "--output", str(output), *extra]
+
+
+def start(output: Path, processes: int, *extra: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = (output.parent / f"{output.name}.log").open("a")
+    return subprocess.Popen(
+        command(output, processes, *extra), stdout=log, stderr=log, text=True, env=env, start_new_session=True
+    )
+
+
+def trainers(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks: what runs train.py and has no such parent but the launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                group = os.getpgid(int(entry.name))
+            except (OSError, ValueError):
+                continue
+            is_script = any(word.endswith(b"train.py") for word in words[:3])
+            if is_script and group and parent in (process.pid, os.getpid()):
+                found.append(int(entry.name))
+    return found
+
+
+def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Random) -> str:
+    """Wait for a random moment of training and kill; what was done."""
+    deadline = time.monotonic() + 120
+    checkpoints = output / "checkpoints"
+    while not trainers(process) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if kind == "writing":
+        wait = rng.randrange(1, 6)  # let some saves pass
+        seen: set[str] = set()
+        while process.poll() is None and time.monotonic() < deadline:
+            saving = {p.name for p in checkpoints.glob(".saving-update-*")} if checkpoints.exists() else set()
+            seen |= saving
+            if saving and len(seen) >= wait:
+                time.sleep(rng.random() * 0.03)
+                break
+            time.sleep(0.001)
+    else:
+        while process.poll() is None and time.monotonic() < deadline and not list(checkpoints.glob("update-*")):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 6)
+    if process.poll() is not None:
+        return "ended before it was hit"
+    ranks = trainers(process)
+    if kind == "one":
+        victim = rng.choice(ranks)
+        os.kill(victim, signal.SIGKILL)
+        process.wait(90)
+    elif kind == "term":
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(90)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks:
+            try:
+                os.kill(rank, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.wait(90)
+    return f"{kind}: killed {len(ranks)} rank(s) with {sorted(p.name for p in checkpoints.glob('update-*'))[-1:]}"
+
+
+def state(output: Path, processes: int) -> dict[str, str]:
+    """Hashes of what the last checkpoint holds."""
+    hashes: dict[str, str] = json.loads((output / "checkpoints" / "last" / "hashes.json").read_text())
+    kept = ("model.safetensors", "ema/model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl")
+    kept += tuple(f"random_states_{rank}.pkl" for rank in range(processes))
+    return {name: hashes[name] for name in kept}
+
+
+def finish(output: Path, processes: int) -> None:
+    process = start(output, processes, "--resume", "auto")
+    if process.wait(300) != 0:
+        raise SystemExit(f"resuming failed:\n{(output.parent / f'{output.name}.log').read_text()[-3000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--each", type=int, default=2, help="times that a run is killed before it may end")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from dg_timm.training.checkpoints import find_fault
+
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "untouched"
+        finish(reference, args.processes)
+        expected = state(reference, args.processes)
+        hits = 0
+        for kind in args.kinds:
+            done = 0
+            for attempt in range(20 * args.kills):
+                if done >= args.kills:
+                    break
+                output = Path(scratch) / f"{kind}-{attempt}"
+                for _ in range(args.each):
+                    process = start(output, args.processes, "--resume", "auto")
+                    what = kill(process, kind, output, rng)
+                    before = {p.name for p in (output / "checkpoints").glob("update-*")}
+                    faults = [f for p in before if (f := find_fault(output / "checkpoints" / p)) is not None]
+                    if faults:
+                        raise SystemExit(f"{what}: unsound checkpoints {faults}")
+                    done += not what.startswith("ended")
+                    print(what, flush=True)
+                finish(output, args.processes)
+                found = state(output, args.processes)
+                if found != expected:
+                    wrong = [name for name in expected if found[name] != expected[name]]
+                    raise SystemExit(f"{output.name}: {wrong} differ from the run that nobody touched")
+            hits += done
+        print(f"{hits} kills in {args.processes} process(es); every resumed run ended bit for bit as the untouched one")
+
+
+if __name__ == "__main__":
+    main()
