@@ -5,6 +5,7 @@ the identity-converted network. Weights trained as dynamic networks get tags of 
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -112,7 +113,8 @@ def _create(
 def _weights_filter(static_filter: Any) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
     def to_dynamic(state_dict: dict[str, Any], model: nn.Module) -> Mapping[str, Any]:
         if static_filter is not None:
-            state_dict = static_filter(state_dict)
+            takes_model = len(inspect.signature(static_filter).parameters) > 1
+            state_dict = static_filter(state_dict, model) if takes_model else static_filter(state_dict)
         state_dict = checkpoint.to_identity(model, state_dict)
         # timm loads loosely when it adapts the classifier; what lies in a graph must fit all the same
         checkpoint.check_fit(model, state_dict, within=tuple(f"{name}." for name in checkpoint.graph_stages(model)))

@@ -3,15 +3,17 @@
     python tests/kill_and_resume.py                    # ten kills of each kind, two processes
     python tests/kill_and_resume.py --kills 1 --processes 1
 
-A run is killed (-9: all processes, one of them, or in the midst of writing a checkpoint; or asked to stop by SIGTERM) and
-resumed until it ends. Its weights, average, optimizer and random generators must then be, bit for bit, those of a run
-that nobody touched, and every checkpoint that had been reported must be there and sound.
+A run is killed (-9: all processes, one of them, or in the midst of writing a checkpoint; or asked to stop by SIGTERM)
+and resumed until it ends. Its weights, average, optimizer and random generators must then be, bit for bit, those of
+a run that nobody touched, and every checkpoint that had been reported must be there and sound.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,9 +23,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("all", "one", "writing", "term")
-OPTIONS = """--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1
---drop-path 0.1 --epochs 4 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 --ema-decay
-0.9 --save-every 4 --keep 3 --workers 1 --log-every 3""".split()
+OPTIONS = shlex.split(
+    "--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1 "
+    "--drop-path 0.1 --epochs 4 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
+    "--ema-decay 0.9 --save-every 4 --keep 3 --workers 1 --log-every 3"
+)
 
 
 def command(output: Path, processes: int, *extra: str) -> list[str]:
@@ -92,10 +96,8 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
     else:
         os.killpg(process.pid, signal.SIGKILL)
         for rank in ranks:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait(90)
     return f"{kind}: killed {len(ranks)} rank(s) with {sorted(p.name for p in checkpoints.glob('update-*'))[-1:]}"
 

@@ -41,7 +41,7 @@ def test_it_prints_the_comparison_and_saves(finished):
         (("--model", "resnet18"), "--model resnet18 is not in the zoo; choose from dg_"),
         (("--epochs", "0"), "--epochs must be positive, got 0"),
         (("--image-size", "-3"), "--image-size must be positive, got -3"),
-        (("--data", "./nowhere"), "./nowhere is not a folder"),
+        (("--data", "./nowhere"), "./nowhere is not there"),
     ],
 )
 def test_bad_arguments_end_before_any_work(args, message, tmp_path):

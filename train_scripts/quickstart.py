@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import send_to_device, set_seed, tqdm
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import dg_timm
-from dg_timm.data import Splits, TransformedImages, load_splits
+from dg_timm.training.evaluation import evaluate_model
+from dg_timm.training.loading import ONE, Images, IndexOrder, Loader, Share
+from dg_timm.training.processes import make_accelerator
+from dg_timm.training.sources import Splits, load_splits
 
 
 class Trained(NamedTuple):
@@ -53,11 +54,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def make_accelerator() -> Accelerator:
-    # Without a device Accelerate must be told so, or processes under torchrun would each train a network of their own.
-    return Accelerator(cpu=not torch.accelerator.is_available())
-
-
 def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse.Namespace) -> Trained:
     """Train one network from scratch and test it."""
     set_seed(args.seed)
@@ -66,32 +62,35 @@ def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse
     augment = create_transform(
         **data_config, is_training=True, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=hflip, color_jitter=0.0
     )
-    loader = DataLoader(
-        TransformedImages(splits.train, augment),
-        args.batch_size,
-        shuffle=True,
-        drop_last=len(splits.train) > args.batch_size,
-    )
+    rows = len(splits.train.rows)
+    batch_size = min(args.batch_size, rows // accelerator.num_processes)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    together = batch_size * accelerator.num_processes
+    order = IndexOrder(rows, batch_size, share, shuffle=True, seed=args.seed, multiple=together)
+    images = Images(splits.train, augment, splits.label_names, seed=args.seed)
+    loader = Loader(order, images, data_config["input_size"])
+    updates = rows // together
     model = timm.create_model(name, num_classes=len(splits.label_names)).to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05, foreach=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
         num_epochs=args.epochs,
         warmup_epochs=min(2, args.epochs - 1),
         warmup_lr=args.lr / 100,
-        updates_per_epoch=len(loader),
+        updates_per_epoch=updates,
         step_on_epochs=False,
     )
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
 
     start = time.perf_counter()
-    with tqdm(total=args.epochs * len(loader), desc=name, unit="step", mininterval=1) as bar:
+    with tqdm(total=args.epochs * updates, desc=name, unit="step", mininterval=1) as bar:
         model.train()
         for epoch in range(args.epochs):
-            for images, labels in loader:
-                loss = loss_fn(model(images.contiguous(memory_format=torch.channels_last)), labels)
+            for batch in loader.epoch(epoch):
+                batch = send_to_device(batch, accelerator.device)
+                loss = loss_fn(model(batch.images.contiguous(memory_format=torch.channels_last)), batch.labels)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -99,17 +98,15 @@ def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse
                 scheduler.step_update(bar.n)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
     seconds = time.perf_counter() - start
-    tests = DataLoader(TransformedImages(splits.test, create_transform(**data_config)), args.batch_size)
-    accuracy = evaluate(model, accelerator.prepare(tests), accelerator)
-    return Trained(accelerator.unwrap_model(model), accuracy, seconds)
+    trained = accelerator.unwrap_model(model).eval()
+    tests = held_out_loader(splits, data_config, batch_size, share)
+    figures = evaluate_model(trained, tests.epoch(0), accelerator, channels_last=True)
+    return Trained(trained, figures.top1, seconds)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator) -> float:
-    """Exact top-1 in percent, under any number of processes."""
-    model.eval()
-    correct = [accelerator.gather_for_metrics(model(images).argmax(1) == labels) for images, labels in loader]
-    return 100 * torch.cat(correct).float().mean().item()
+def held_out_loader(splits: Splits, data_config: dict[str, Any], batch_size: int = 64, share: Share = ONE) -> Loader:
+    images = Images(splits.test, create_transform(**data_config), splits.label_names)
+    return Loader(IndexOrder(len(splits.test.rows), batch_size, share), images, data_config["input_size"])
 
 
 @torch.inference_mode()
@@ -128,7 +125,7 @@ def main() -> None:
     args = parse()
     splits = load_splits(args.data, seed=args.seed)
     classes = len(splits.label_names)
-    print(f"{args.data}: {len(splits.train)} images to train on, {len(splits.test)} to test, {classes} classes")
+    print(f"{args.data}: {splits.train.size} images to train on, {splits.test.size} to test, {classes} classes")
     size = (3, args.image_size, args.image_size)
     mean, std = (timm.get_pretrained_cfg_value(args.model, key) for key in ("mean", "std"))
     data_config: dict[str, Any] = dict(input_size=size, mean=mean, std=std, interpolation="bilinear", crop_pct=1.0)
@@ -139,8 +136,7 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
 
-    test = TransformedImages(splits.test, create_transform(**data_config))
-    images = torch.stack([test[i][0] for i in range(min(64, len(test)))]).to(accelerator.device)
+    images = held_out_loader(splits, data_config).sample(64).to(accelerator.device)
     ms = milliseconds({"static": static.model, "dynamic": dynamic.model}, images)
     counts = [dg_timm.complexity(trained.model, size) for trained in (static, dynamic)]
     table = (
@@ -154,7 +150,8 @@ def main() -> None:
     print()
     for title, left, right in table:
         print(f"{title:24}{left:>18}{right:>18}")
-    print(f"(one seed, {len(test)} test images, {torch.get_num_threads()} threads: a first look, not a comparison)\n")
+    threads = torch.get_num_threads()
+    print(f"(one seed, {splits.test.size} test images, {threads} threads: a first look, not a comparison)\n")
 
     folder = dg_timm.save_pretrained(
         dynamic.model,

@@ -217,7 +217,8 @@ def describe(args: argparse.Namespace, row: Row, random: bool, ema: bool) -> str
         f"{row['epoch']} of {args.epochs} epochs, {args.opt}, learning rate {args.lr:g}, batch {args.batch_size}",
         f"seed {args.seed}",
     ]
-    parts += [f"distilled from {Path(args.distill).name}"] if args.distill else []
+    if args.distill not in (None, "none"):
+        parts.append(f"distilled from {Path(args.distill).name}")
     parts += ["average of the weights"] if ema else []
     return ", ".join(parts) + "; by train_scripts/train.py."
 

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 2 train_scripts/validate.py ...
 
 A network is a timm or dg_* name (its published weights), hf-hub:org/name, local-dir:folder, or a folder in Hub
-layout: a saved model, or a checkpoint of train.py (its ema/ has the average of the weights). Preprocessing is the network's own.
+layout: a saved model, or a checkpoint of train.py (its ema/ has the average of the weights). Preprocessing
+is the network's own.
 """
 
 import argparse

@@ -271,7 +271,7 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt.add_argument("--smoothing", type=share, default=0.0, help="of labels")
     opt.add_argument("--loss", choices=("ce", "bce"), default="ce")
     opt.add_argument("--distill", nargs="?", const="static", metavar="TEACHER", help="learn a teacher's logits; alone: "
-                     "those of the static network that --model was converted from")  # fmt: skip
+                     "those of the static network that --model was converted from; none: no teacher")  # fmt: skip
     opt.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
     opt.add_argument("--distill-temperature", type=amount, default=1.0)
     opt.add_argument("--ema-decay", type=share, help="keep an average of the weights, and evaluate it too")

@@ -17,11 +17,7 @@ from dg_timm.training.sources import Split, Splits, load_splits
 
 
 def load_data(args: argparse.Namespace) -> Splits:
-    names = None
-    if args.label_names:
-        names = Path(args.label_names).read_text().splitlines()
-    elif args.num_classes and args.streaming:
-        names = [str(k) for k in range(args.num_classes)]
+    names = Path(args.label_names).read_text().splitlines() if args.label_names else None
     splits = load_splits(
         args.data,
         val_source=args.val_data,
@@ -30,6 +26,7 @@ def load_data(args: argparse.Namespace) -> Splits:
         image_key=args.image_key,
         label_key=args.label_key,
         label_names=names,
+        num_classes=args.num_classes,
         streaming=args.streaming,
         seed=args.seed,
     )
@@ -147,7 +144,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     learning = models.freeze(model, args.freeze, not own_classifier)
     data_config = data_config_of(model, args)
     teacher = None
-    if args.distill:
+    if args.distill not in (None, "none"):
         teacher = models.create_teacher(args.distill, model, args.model, not own_classifier, in_chans=args.in_chans)
         teacher = teacher.to(accelerator.device)
     mixup = None

@@ -49,6 +49,7 @@ def load_splits(
     image_key: Optional[str] = None,
     label_key: Optional[str] = None,
     label_names: Optional[Sequence[str]] = None,
+    num_classes: Optional[int] = None,
     streaming: bool = False,
     test_fraction: float = 0.2,
     seed: int = 0,
@@ -63,6 +64,7 @@ def load_splits(
         train_split, val_split: their names; by default train, and validation or else test.
         image_key, label_key: names of the columns; by default the image column, and the ClassLabel column.
         label_names: one for each class, where the data set does not tell.
+        num_classes: the same, for integer labels that stand for themselves.
         streaming: read rows as they are needed instead of copying the data set to the disk first.
         test_fraction: share of every class that is set aside where there is no split to evaluate on.
         seed: of that choice.
@@ -84,7 +86,7 @@ def load_splits(
         val_rows = _pick(parts, val_split, HELD_OUT_SPLITS, source, "--val-split")
 
     image, label = _columns(train_rows, image_key, label_key, source)
-    names = _label_names(train_rows, label, label_names, source)
+    names = _label_names(train_rows, label, label_names, num_classes, source)
     if val_rows is None:
         if streaming:
             raise ValueError(
@@ -103,6 +105,13 @@ def load_splits(
 
 
 def _load(source: str, streaming: bool) -> dict[str, Any]:
+    try:
+        return _open(source, streaming)
+    except ValueError as error:  # of datasets, which does not name the source
+        raise error if source in str(error) else ValueError(f"{source} can't be read: {error}") from error
+
+
+def _open(source: str, streaming: bool) -> dict[str, Any]:
     if source == "digits":
         return {"train": _digits()}
     path = Path(source).expanduser()
@@ -152,7 +161,9 @@ def _only(names: list[str], preferred: str) -> Optional[str]:
     return preferred if preferred in names else next(iter(names), None)
 
 
-def _label_names(rows: Any, label: str, given: Optional[Sequence[str]], source: str) -> list[str]:
+def _label_names(
+    rows: Any, label: str, given: Optional[Sequence[str]], num_classes: Optional[int], source: str
+) -> list[str]:
     feature = rows.features[label]
     if isinstance(feature, ClassLabel):
         if given is not None and len(given) != len(feature.names):
@@ -160,6 +171,8 @@ def _label_names(rows: Any, label: str, given: Optional[Sequence[str]], source: 
         return list(given or feature.names)
     if given is not None:
         return list(given)
+    if isinstance(rows, IterableDataset) and num_classes is not None:
+        return [str(k) for k in range(num_classes)]
     if isinstance(rows, IterableDataset):
         raise ValueError(
             f"column {label} of {source} is {feature}, which does not tell the classes of a stream; give --label-names "

@@ -205,6 +205,8 @@ class Trainer:
                 if plan.save_every and progress.update % plan.save_every == 0:
                     self._save()
         self._look(None)
+        if progress.images == 0:
+            raise ValueError("the training split has no images")
         if self.accelerator.num_processes > 1:
             for network in self.checkpoints.networks.values():
                 distribute_bn(network, self.accelerator.num_processes, plan.dist_bn == "reduce")
