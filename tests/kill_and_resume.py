@@ -3,7 +3,8 @@
     python tests/kill_and_resume.py                    # ten kills of each kind, two processes
     python tests/kill_and_resume.py --kills 1 --processes 1
 
-A run is killed (-9: all processes, one of them, or in the midst of writing a checkpoint; or asked to stop by SIGTERM)
+A run is killed (-9: all processes, one of them, one of them where torchrun then restarts all by itself, or in the midst
+of writing a checkpoint; or asked to stop by SIGTERM)
 and resumed until it ends. Its weights, average, optimizer and random generators must then be, bit for bit, those of
 a run that nobody touched, and every checkpoint that had been reported must be there and sound.
 """
@@ -22,28 +23,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("all", "one", "writing", "term")
+KINDS = ("all", "one", "writing", "term", "elastic")
 OPTIONS = shlex.split(
     "--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1 "
-    "--drop-path 0.1 --epochs 4 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
+    "--drop-path 0.1 --epochs 3 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
     "--ema-decay 0.9 --save-every 4 --keep 3 --workers 1 --log-every 3"
 )
 
 
-def command(output: Path, processes: int, *extra: str) -> list[str]:
+def command(output: Path, processes: int, restarts: int) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max_restarts", str(restarts),
                      "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
-    return [*launcher, str(ROOT / "train_scripts" / "train.py"), *OPTIONS, "--output", str(output), *extra]
+    return [*launcher, str(ROOT / "train_scripts" / "train.py"), *OPTIONS, "--output", str(output), "--resume", "auto"]
 
 
-def start(output: Path, processes: int, *extra: str) -> subprocess.Popen[str]:
+def start(output: Path, processes: int, restarts: int = 0) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = (output.parent / f"{output.name}.log").open("a")
-    return subprocess.Popen(
-        command(output, processes, *extra), stdout=log, stderr=log, text=True, env=env, start_new_session=True
-    )
+    with (output.parent / f"{output.name}.log").open("a") as log:
+        return subprocess.Popen(
+            command(output, processes, restarts), stdout=log, stderr=log, text=True, env=env, start_new_session=True
+        )
 
 
 def trainers(process: subprocess.Popen[str]) -> list[int]:
@@ -90,6 +91,10 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
         victim = rng.choice(ranks)
         os.kill(victim, signal.SIGKILL)
         process.wait(90)
+    elif kind == "elastic":
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+        if process.wait(300) != 0:
+            raise SystemExit(f"torchrun did not go on by itself:\n{log_of(output)}")
     elif kind == "term":
         os.kill(process.pid, signal.SIGTERM)
         process.wait(90)
@@ -111,9 +116,13 @@ def state(output: Path, processes: int) -> dict[str, str]:
 
 
 def finish(output: Path, processes: int) -> None:
-    process = start(output, processes, "--resume", "auto")
+    process = start(output, processes)
     if process.wait(300) != 0:
-        raise SystemExit(f"resuming failed:\n{(output.parent / f'{output.name}.log').read_text()[-3000:]}")
+        raise SystemExit(f"resuming failed:\n{log_of(output)}")
+
+
+def log_of(output: Path) -> str:
+    return (output.parent / f"{output.name}.log").read_text()[-3000:]
 
 
 def main() -> None:
@@ -139,8 +148,8 @@ def main() -> None:
                 if done >= args.kills:
                     break
                 output = Path(scratch) / f"{kind}-{attempt}"
-                for _ in range(args.each):
-                    process = start(output, args.processes, "--resume", "auto")
+                for _ in range(1 if kind == "elastic" else args.each):
+                    process = start(output, args.processes, restarts=2 * (kind == "elastic"))
                     what = kill(process, kind, output, rng)
                     before = {p.name for p in (output / "checkpoints").glob("update-*")}
                     faults = [f for p in before if (f := find_fault(output / "checkpoints" / p)) is not None]

@@ -76,8 +76,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         (lambda p: (p / "hashes.json").write_text("{"), "hashes.json can't be read"),
         (lambda p: (p / "optimizer.bin").unlink(), "optimizer.bin is missing"),
         (
-            lambda p: (p / "ema" / "model.safetensors").write_bytes(b"x"),
-            "ema/model.safetensors is not what was written",
+            lambda p: (p / "ema" / "config.json").write_bytes(b"x"),
+            "ema/config.json is not what was written",
         ),
     ],
 )
@@ -123,15 +123,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, faili
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=40k tmpfs {disk} 2>/dev/null"):
+    if os.system(f"mount -t tmpfs -o size=200k tmpfs {disk} 2>/dev/null"):
         pytest.skip("mounting is not allowed here")
     try:
         checkpoints, *_ = setup(disk)
         first = checkpoints.save("update-00000001", None)
-        with (disk / "filler").open("wb") as stream, pytest.raises(OSError, match="No space"):
-            while True:
-                stream.write(bytes(512))
-                stream.flush()
+        with pytest.raises(OSError, match="No space"):
+            (disk / "filler").write_bytes(bytes(200_000))
         with pytest.raises(OSError, match=r"can't be written .*; the newest one, update-00000001, is intact"):
             checkpoints.save("update-00000002", None)
         assert names(disk) == ["filler", "update-00000001"]
@@ -150,7 +148,7 @@ def test_no_checkpoint_is_a_pickle_that_runs(tmp_path):
             return os.system, (f"touch {tmp_path}/harmed",)
 
     torch.save(Harm(), place / "optimizer.bin")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         checkpoints.load(place)
     assert not (tmp_path / "harmed").exists()
     assert "optimizer.bin" in json.loads((place / "hashes.json").read_text())

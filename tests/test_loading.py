@@ -92,6 +92,13 @@ def test_a_stream_goes_on_from_every_position(tmp_path, count, process):
         assert [keys for keys, _ in order.batches(1, position)] == [keys for keys, _ in whole[done:]]
 
 
+def test_a_stream_is_not_resumed_by_another_number_of_processes(tmp_path):
+    rows = stream(shards(tmp_path / "s", 4)).rows
+    position = next(iter(StreamOrder(rows, 2, Share(0, 2)).batches(0)))[1]
+    with pytest.raises(ValueError, match=r"was begun by 2 processes.*go on with as many, not 1"):
+        next(StreamOrder(rows, 2).batches(0, position))
+
+
 def test_an_indexed_order_goes_on_with_another_number_of_processes():
     two = [list(IndexOrder(96, 4, Share(p, 2), shuffle=True, multiple=16).batches(0)) for p in range(2)]
     position = two[0][3][1]  # after two updates of 16

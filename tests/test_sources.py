@@ -82,7 +82,7 @@ def test_a_validation_split_is_preferred_to_a_test_split(folder, streaming):
     assert [count_rows(split) for split in (splits.train, splits.test)] == [10, 6]
     assert splits.train.streamed == streaming
     assert count_rows(load_splits(str(folder), val_split="test", streaming=streaming).test) == 4
-    with pytest.raises(ValueError, match="--val-split tset: .* has no such split; it has train, validation, test"):
+    with pytest.raises(ValueError, match=r"--val-split tset: .* has no such split; it has train, validation, test"):
         load_splits(str(folder), val_split="tset", streaming=streaming)
 
 
@@ -158,7 +158,7 @@ def test_an_empty_split_is_refused(tmp_path):
     rows = load_splits("digits").train.rows
     rows.select(range(4)).to_parquet(tmp_path / "train.parquet")
     rows.select([]).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match="can't be read: .*test.* corresponds to no data"):
+    with pytest.raises(ValueError, match=r"can't be read: .*test.* corresponds to no data"):
         load_splits(str(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -79,13 +80,18 @@ def test_a_run_reports_itself(finished):
     summary, updates = rows(output / "summary.csv"), rows(output / "updates.csv")
     assert [row["epoch"] for row in summary] == ["1", "2"]
     assert len(updates) == 20
-    assert {"stages.0.weight", "stages.0.open", "cost", "eval_top5", "train_top1", "images_per_second"} <= set(
-        summary[0]
-    )
-    assert 0 < float(summary[0]["stages.0.weight"]) <= 1
+    assert {
+        "stages.0.blocks.weight",
+        "stages.0.blocks.open",
+        "cost",
+        "eval_top5",
+        "train_top1",
+        "images_per_second",
+    } <= set(summary[0])
+    assert 0 < float(summary[0]["stages.0.blocks.weight"]) <= 1
     assert yaml.safe_load((output / "args.yaml").read_text())["model"] == "dg_test_convnext2"
     environment = json.loads((output / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert (output / "curves.png").stat().st_size > 5000
     assert "10/10" in process.stderr  # the bar
     assert float(summary[1]["train_loss"]) < float(summary[0]["train_loss"])
@@ -241,30 +247,27 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert re.search(
-        r"stopped by signal 15; saved .*update-\d+.*Go on with:\n  python .*train.py .*--resume auto\n", out, re.S
-    )
+    assert re.search(r"stopped by signal 15; saved .*update-\d+.*Go on with:\n  python .*train.py .*--resume auto", out)
     assert os.readlink(output / "checkpoints" / "last") in out
 
 
-@pytest.mark.parametrize(("kind", "processes"), [("all", 1), ("one", 2), ("writing", 2)])
-def test_a_killed_run_ends_as_if_nobody_had_touched_it(tmp_path, kind, processes):
-    """The short version of tests/kill_and_resume.py, which kills more often."""
-    import random
-
-    finish(tmp_path / "untouched", processes)
-    process = start(tmp_path / "killed", processes)
-    what = kill(process, kind, tmp_path / "killed", random.Random(0))
-    assert what.startswith(kind), what
-    finish(tmp_path / "killed", processes)
-    assert state(tmp_path / "killed", processes) == state(tmp_path / "untouched", processes)
+def test_a_killed_run_ends_as_if_nobody_had_touched_it(tmp_path):
+    """The short version of tests/kill_and_resume.py, which kills more often: one rank, then all as they save."""
+    rng = random.Random(0)
+    finish(tmp_path / "untouched", 2)
+    for kind in ("one", "writing"):
+        what = kill(start(tmp_path / "killed", 2), kind, tmp_path / "killed", rng)
+        assert what.startswith(kind), what
+    finish(tmp_path / "killed", 2)
+    assert state(tmp_path / "killed", 2) == state(tmp_path / "untouched", 2)
 
 
 def test_a_killed_stream_goes_on_where_it_was(tmp_path):
     """Stopped in the midst of an epoch of a stream: the same weights as without the stop."""
     train_shards, val_shards = shards(tmp_path / "train", count=3, rows=16), shards(tmp_path / "val", count=1, rows=10)
     options = (
-        *NORMED, "--data", train_shards, "--val-data", val_shards, "--streaming", "--num-classes", 10, "--shuffle-buffer", 10,
+        *NORMED, "--data", train_shards, "--val-data", val_shards, "--streaming", "--num-classes", 10,
+        "--shuffle-buffer", 10,
         "--epoch-size", 48, "--batch-size", 4, "--epochs", 2, "--save-every", 5, "--keep", 9,
     )  # fmt: skip
     assert train(*options, "--output", tmp_path / "whole").returncode == 0

@@ -79,12 +79,12 @@ def find_start(args: argparse.Namespace, accelerator: Accelerator, folder: Path)
     return Path(place)
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
+def build(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest) -> Trainer:
+    """Data, network, optimizer and report, wired up; nothing is written."""
     output = Path(args.output)
     split = split_batch(args.batch_size, accelerator.num_processes, args.micro_batch)
     if (args.mixup or args.cutmix) and split.micro_batch % 2:
         raise ValueError(f"mixup pairs the images of a batch: the micro-batch must be even, not {split.micro_batch}")
-    start = find_start(args, accelerator, output / "checkpoints")
     with accelerator.local_main_process_first():
         splits = load_data(args)
     names = splits.label_names
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
         raise ValueError(f"--num-classes {args.num_classes} is fewer than the {len(names)} classes of {args.data}")
     num_classes = args.num_classes or len(names)
     label_names = names if num_classes == len(names) else None
-    rows = splits.train.size if splits.train.size is not None and not args.epoch_size else args.epoch_size
+    rows = (splits.train.streamed and args.epoch_size) or splits.train.size
     if rows is None:
         raise ValueError(f"{args.data} does not tell how many rows it has; give --epoch-size (the schedule needs it)")
     updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
@@ -189,18 +189,26 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
         accelerator, model, optimizer, schedule, ema, loader, network.objective, evaluate, checkpoints, report,
         agreement, stop, plan, on_epoch, export,
     )  # fmt: skip
-    checkpoints.clean()
-    position = None
-    if start is not None:
-        position = trainer.resume(start)
-        done = trainer.progress
-        accelerator.print(f"going on from {start}: epoch {done.epoch + 1}, update {done.update}")
-    report.begin(vars(args), trackers=bool(args.report_to))
     accelerator.print(
         f"{args.model}: {len(network.learning)} tensors learn; {rows} images, {num_classes} classes; "
         f"{split.images} images an update ({split.micro_batch} x {split.accumulation} x {split.processes} processes); "
         f"{epochs} epochs of {updates_per_epoch} updates"
     )
+    return trainer
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
+    output = Path(args.output)
+    start = find_start(args, accelerator, output / "checkpoints")
+    trainer = build(args, accelerator, stop)
+    trainer.checkpoints.clean()
+    position = None
+    if start is not None:
+        position = trainer.resume(start)
+        accelerator.print(
+            f"going on from {start}: epoch {trainer.progress.epoch + 1}, update {trainer.progress.update}"
+        )
+    trainer.report.begin(vars(args), trackers=bool(args.report_to))
     try:
         trainer.run(position)
     finally:

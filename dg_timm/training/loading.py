@@ -133,7 +133,13 @@ class StreamOrder:
         self.buffer = buffer
 
     def batches(self, epoch: int, position: Optional[Position] = None) -> Iterator[tuple[list[Key], Position]]:
-        position = position or {"shard": 0, "row": 0, "window": 0, "offset": 0}
+        processes = self.share.processes
+        position = position or {"shard": 0, "row": 0, "window": 0, "offset": 0, "processes": processes}
+        if position["processes"] != processes:
+            raise ValueError(
+                f"this epoch of a stream was begun by {position['processes']} processes, which dealt its shards out "
+                f"among them; go on with as many, not {processes}, or from a checkpoint at an epoch's end"
+            )
         start, offset, batch = dict(position), position["offset"], []
         windows = read_ahead(self._windows(epoch, position["shard"], position["row"]))
         for number, (shard, row, keys) in enumerate(windows, start=position["window"]):
@@ -143,9 +149,9 @@ class StreamOrder:
             for at in range(offset, len(keys)):
                 batch.append(keys[at])
                 if len(batch) == self.batch_size:
-                    yield batch, {"shard": shard, "row": row, "window": number, "offset": at + 1}
+                    yield batch, position | {"shard": shard, "row": row, "window": number, "offset": at + 1}
                     batch = []
-            start, offset = {"shard": shard, "row": row, "window": number, "offset": len(keys)}, 0
+            start, offset = position | {"shard": shard, "row": row, "window": number, "offset": len(keys)}, 0
         if batch:
             yield batch, start
 
