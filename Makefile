@@ -16,10 +16,11 @@ quickstart: install  ## train a dynamic network and its static twin on real digi
 	$(BIN)/python train_scripts/quickstart.py
 
 test: install check  ## everything CI runs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: install check  ## with the whole zoo, trainings and the wheel in an empty environment
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python tests/kill_and_resume.py
 	$(BIN)/python tests/timm_suite/run.py
 
 timm-tests: install  ## timm's own tests/test_models.py, unedited, on every dg_* model

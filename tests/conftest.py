@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of dependencies, on import
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
+    import evaluate  # noqa: F401
     import timm
 
 import dg_timm  # noqa: E402

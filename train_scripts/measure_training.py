@@ -135,13 +135,17 @@ def write_shards(folder: Path, images: int, shards: int) -> int:
 def watch(readings: list[tuple[float, float]], done: threading.Event) -> None:
     own, start = psutil.Process(), time.perf_counter()
     while not done.wait(0.5):
-        total = 0
-        for process in (own, *own.children(recursive=True)):
-            try:
-                total += process.memory_full_info().pss  # pages that forked workers share count once
-            except psutil.Error:
-                continue
-        readings.append((time.perf_counter() - start, total / 2**20))
+        total = sum(anonymous(process.pid) for process in (own, *own.children(recursive=True)))
+        readings.append((time.perf_counter() - start, total / 1024))
+
+
+def anonymous(pid: int) -> int:
+    """KiB of a process's own and shared memory, not of files; pages that processes share are divided among them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def draw(readings: list[tuple[float, float]], file: Path, title: str) -> None:
