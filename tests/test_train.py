@@ -11,15 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from kill_and_resume import finish, kill, start, state
 from safetensors.torch import load_file
-from test_sources import shards
+from test_sources import DIGITS, png, shards
 
 import dg_timm
+from dg_timm.training import models
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 # a network without BatchNorm, so that nothing depends on how a batch is shared; and one with it
@@ -171,6 +173,27 @@ def test_every_kind_of_option_together(tmp_path):
     assert rows(tmp_path / "all" / "summary.csv")
 
 
+def test_trackers_and_unreadable_images(tmp_path):
+    """A damaged file in a folder of images: named, or left out and counted; and TensorBoard is written."""
+    for name, label in (("one", 1), ("two", 2)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for k in np.flatnonzero(DIGITS.target == label)[:20]:
+            (tmp_path / "images" / name / f"{k}.png").write_bytes(png(k))
+    for damaged in sorted((tmp_path / "images" / "two").iterdir())[:8]:
+        damaged.write_bytes(damaged.read_bytes()[:50])
+    options = (*NORMED, "--data", tmp_path / "images", "--batch-size", 8, "--epochs", 2)
+    process = train(*options, "--output", tmp_path / "run")
+    assert process.returncode == 2
+    assert re.search(r"error: unreadable image in row \d+ of the training split of .*/two/\d+\.png", process.stderr)
+    options = (*options, "--on-bad-image", "skip", "--report-to", "tensorboard", "--output", tmp_path / "skipping")
+    process = train(*options)
+    assert process.returncode == 0, process.stderr
+    assert "skipped an unreadable image, row" in process.stdout
+    summary = rows(tmp_path / "skipping" / "summary.csv")
+    assert int(summary[1]["skipped_images"]) > int(summary[0]["skipped_images"]) > 0
+    assert list((tmp_path / "skipping").rglob("events.out.tfevents*"))
+
+
 def test_early_stopping(tmp_path):
     process = train(*PLAIN, "--lr", "0", "--train-limit", 32, "--val-limit", 40, "--epochs", 9, "--patience", 2,
                     "--output", tmp_path / "stale")  # fmt: skip
@@ -234,6 +257,25 @@ def test_two_processes_share_a_stream(tmp_path, finished):
 
 
 # --------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself(tmp_path):
+    """Elastic restart: a rank dies, torchrun starts all again, and they resume."""
+    finish(tmp_path / "untouched", 2)
+    kill(start(tmp_path / "killed", 2, restarts=2), "elastic", tmp_path / "killed", random.Random(0))
+    assert state(tmp_path / "killed", 2) == state(tmp_path / "untouched", 2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run(tmp_path):
+    """Inductor (it needs a C++ compiler): checkpoints know nothing of it."""
+    process = train(*NORMED, "--train-limit", 64, "--val-limit", 40, "--epochs", 1, "--compile", "--ema-decay", 0.9,
+                    "--output", tmp_path / "run", timeout=580)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert set(load_file(tmp_path / "run" / "model" / "model.safetensors")) == set(
+        models.create("dg_test_resnet", num_classes=10).state_dict()
+    )
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
