@@ -4,7 +4,7 @@
     python train_scripts/measure_training.py memory --plot results/memory.png
 
 throughput: updates of the trainer and of a hand-written loop take turns (A B A B ...) over one network and one loader.
-memory: an epoch over streamed webdataset shards (written first, to a temporary folder); the resident memory of the
+memory: epochs over streamed webdataset shards (written first, to a temporary folder); the resident memory of the
 process and its workers is read twice a second.
 """
 
@@ -89,7 +89,8 @@ def memory(args: argparse.Namespace) -> None:
         size = write_shards(Path(folder) / "train", args.images, args.shards)
         write_shards(Path(folder) / "val", 64, 1)
         options = ["--data", f"{folder}/train", "--val-data", f"{folder}/val", "--streaming", "--num-classes", "10",
-                   "--epoch-size", str(args.images), "--model", "dg_test_resnet", "--image-size", "64", "--epochs", "1",
+                   "--epoch-size", str(args.images), "--model", "dg_test_resnet", "--image-size", "32",
+                   "--epochs", str(args.epochs),
                    "--workers", str(args.workers), "--shuffle-buffer", str(args.buffer),
                    "--output", f"{folder}/run"]  # fmt: skip
         readings: list[tuple[float, float]] = []
@@ -110,9 +111,21 @@ def memory(args: argparse.Namespace) -> None:
         "first_quarter": first,
         "last_quarter": last,
     }
-    print(json.dumps({"images": args.images, **{f"{name}_mib": round(value) for name, value in figures.items()}}))
+    print(
+        json.dumps(
+            {
+                "images": args.images,
+                "epochs": args.epochs,
+                **{f"{name}_mib": round(value) for name, value in figures.items()},
+            }
+        )
+    )
     if args.plot:
-        draw(readings, args.plot, f"{args.images} images, {size / 2**20:.0f} MiB streamed, {args.workers} workers")
+        draw(
+            readings,
+            args.plot,
+            f"{args.epochs} x {args.images} images, {args.epochs} x {size / 2**20:.0f} MiB streamed",
+        )
 
 
 def write_shards(folder: Path, images: int, shards: int) -> int:
@@ -174,6 +187,7 @@ def main() -> None:
     second = commands.add_parser("memory")
     second.add_argument("--images", type=int, default=20000)
     second.add_argument("--shards", type=int, default=16)
+    second.add_argument("--epochs", type=int, default=1)
     second.add_argument("--buffer", type=int, default=1024)
     second.add_argument("--workers", type=int, default=2)
     second.add_argument("--plot", type=Path)
