@@ -278,18 +278,25 @@ def test_a_compiled_run(tmp_path):
     )
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    """As a scheduler or Ctrl-C sends it: to every process of the group, the workers included."""
     output = tmp_path / "run"
-    command = [sys.executable, str(SCRIPTS / "train.py"), *NORMED, "--epochs", "50", "--output", str(output)]
+    command = [sys.executable, str(SCRIPTS / "train.py"), *NORMED, "--epochs", "50", "--workers", "2"]
+    command += ["--output", str(output)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoints/update-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert re.search(r"stopped by signal 15; saved .*update-\d+.*Go on with:\n  python .*train.py .*--resume auto", out)
+    assert process.returncode == 128 + number
+    assert re.search(
+        r"stopped by signal (15|2); saved .*update-\d+.*Go on with:\n  python .*train.py .*--resume auto", out
+    )
     assert os.readlink(output / "checkpoints" / "last") in out
 
 

@@ -89,7 +89,7 @@ def memory(args: argparse.Namespace) -> None:
         size = write_shards(Path(folder) / "train", args.images, args.shards)
         write_shards(Path(folder) / "val", 64, 1)
         options = ["--data", f"{folder}/train", "--val-data", f"{folder}/val", "--streaming", "--num-classes", "10",
-                   "--epoch-size", str(args.images), "--model", "dg_test_resnet", "--image-size", "32",
+                   "--epoch-size", str(args.images), "--model", "dg_test_resnet", "--image-size", "64",
                    "--epochs", str(args.epochs),
                    "--workers", str(args.workers), "--shuffle-buffer", str(args.buffer),
                    "--output", f"{folder}/run"]  # fmt: skip
@@ -98,9 +98,11 @@ def memory(args: argparse.Namespace) -> None:
         watcher = threading.Thread(target=watch, args=(readings, done))
         watcher.start()
         sys.argv = ["train.py", *options]
-        code = script.main()
-        done.set()
-        watcher.join()
+        try:
+            code = script.main()
+        finally:
+            done.set()
+            watcher.join()
     if code != 0:
         raise SystemExit(code)
     middle = [mib for _, mib in readings[len(readings) // 4 : -len(readings) // 8]]

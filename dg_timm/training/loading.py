@@ -7,6 +7,7 @@ workers decode and augment what the keys name.
 
 import queue
 import random
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -300,6 +301,12 @@ class _Collate:
         )
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # A scheduler and Ctrl-C signal the whole process group; the main process still needs batches to stop in good order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Keys:
     """The batch sampler of a DataLoader, which notes the position of every batch that it hands out."""
 
@@ -350,6 +357,7 @@ class Loader:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # of its own: drawing from torch's would make a resume another run
         )
 
