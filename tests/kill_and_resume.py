@@ -22,6 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dg_timm.training.checkpoints import find_fault, newest_sound
+
 ROOT = Path(__file__).parents[1]
 KINDS = ("all", "one", "writing", "term", "elastic")
 OPTIONS = shlex.split(
@@ -87,6 +90,7 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
     if process.poll() is not None:
         return "ended before it was hit"
     ranks = trainers(process)
+    newest, _ = newest_sound(checkpoints)
     if kind == "one":
         victim = rng.choice(ranks)
         os.kill(victim, signal.SIGKILL)
@@ -94,35 +98,47 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
     elif kind == "elastic":
         os.kill(rng.choice(ranks), signal.SIGKILL)
         if process.wait(300) != 0:
-            raise SystemExit(f"torchrun did not go on by itself:\n{log_of(output)}")
+            raise SystemExit(f"torchrun did not go on by itself:\n{log_of(output)[-3000:]}")
     elif kind == "term":
         os.kill(process.pid, signal.SIGTERM)
         process.wait(90)
+        if "Go on with" not in log_of(output):
+            raise SystemExit(f"stopped without saving:\n{log_of(output)[-3000:]}")
     else:
         os.killpg(process.pid, signal.SIGKILL)
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
         process.wait(90)
+    after, _ = newest_sound(checkpoints)
+    if newest is None or after is None or Path(after).name < Path(newest).name:
+        raise SystemExit(f"{kind}: {newest} was lost; the newest is {after}")
     return f"{kind}: killed {len(ranks)} rank(s) with {sorted(p.name for p in checkpoints.glob('update-*'))[-1:]}"
 
 
 def state(output: Path, processes: int) -> dict[str, str]:
     """Hashes of what the last checkpoint holds."""
     hashes: dict[str, str] = json.loads((output / "checkpoints" / "last" / "hashes.json").read_text())
-    kept = ("model.safetensors", "ema/model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl")
+    kept = ("model.safetensors", "ema/model.safetensors", "optimizer.bin", "schedule.json")
     kept += tuple(f"random_states_{rank}.pkl" for rank in range(processes))
     return {name: hashes[name] for name in kept}
 
 
 def finish(output: Path, processes: int) -> None:
+    """Let a run end, from the newest sound checkpoint that there is: none may be lost."""
+    newest, _ = newest_sound(output / "checkpoints")
+    before = len(log_of(output))
     process = start(output, processes)
     if process.wait(300) != 0:
-        raise SystemExit(f"resuming failed:\n{log_of(output)}")
+        raise SystemExit(f"resuming failed:\n{log_of(output)[-3000:]}")
+    said = f"going on from {newest}:" if newest else "starting afresh"
+    if said not in log_of(output)[before:]:
+        raise SystemExit(f"it should have said {said!r}:\n{log_of(output)[before:]}")
 
 
 def log_of(output: Path) -> str:
-    return (output.parent / f"{output.name}.log").read_text()[-3000:]
+    log = output.parent / f"{output.name}.log"
+    return log.read_text() if log.exists() else ""
 
 
 def main() -> None:
@@ -133,9 +149,6 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=2, help="times that a run is killed before it may end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from dg_timm.training.checkpoints import find_fault
-
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "untouched"

@@ -1,6 +1,8 @@
 """Checkpoints that are verified, rotated, and never half-written."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 
 from dg_timm.training.checkpoints import Checkpoints, find_fault, newest_sound
 from dg_timm.training.processes import Agreement
+from dg_timm.training.trainer import Progress
 
 
 class Net(torch.nn.Module):
@@ -41,7 +44,9 @@ def names(folder: Path) -> list[str]:
 
 def test_everything_comes_back(tmp_path):
     checkpoints, model, ema, optimizer = setup(tmp_path)
+    checkpoints.states["progress"] = progress = Progress(epoch=3, loss_sum=0.1)
     place = checkpoints.save("update-00000001", {"images": 64})
+    progress.start_epoch()
     drawn = torch.rand(3)
     saved = {k: v.clone() for k, v in model.state_dict().items()}
     average = ema.layer.weight.clone()
@@ -55,6 +60,7 @@ def test_everything_comes_back(tmp_path):
     assert torch.equal(average, ema.layer.weight)
     assert torch.equal(moment, optimizer.state_dict()["state"][0]["exp_avg"])
     assert torch.equal(drawn, torch.rand(3))  # the random generators, too
+    assert (progress.loss_sum, progress.best_metric) == (0.1, -math.inf)
     assert (place / "ema" / "config.json").exists()
 
 
@@ -74,6 +80,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     [
         (lambda p: (p / "hashes.json").unlink(), "hashes.json is missing"),
         (lambda p: (p / "hashes.json").write_text("{"), "hashes.json can't be read"),
+        (lambda p: (p / "hashes.json").write_text("[]"), "hashes.json names no file"),
         (lambda p: (p / "optimizer.bin").unlink(), "optimizer.bin is missing"),
         (
             lambda p: (p / "ema" / "config.json").write_bytes(b"x"),
@@ -91,7 +98,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage, fault
     assert skipped[0].startswith(f"{second}: {fault}")
     checkpoints.save("update-00000002", None)  # reached again: the damaged one is set aside, not lost
     assert find_fault(second) is None
-    assert [n.split("-")[0] for n in names(tmp_path)].count("unsound") == 1
+    assert [n.split("-")[0] for n in names(tmp_path)].count("aside") == 1
+
+
+def test_what_lies_after_the_start_is_set_aside(tmp_path):
+    """Going on from an older checkpoint: the newer ones are neither lost nor taken for this course's newest."""
+    checkpoints, *_ = setup(tmp_path)
+    first = checkpoints.save("update-00000001", None)
+    checkpoints.save("update-00000009", None)
+    checkpoints.clean(first)
+    checkpoints.save("update-00000003", None)
+    assert newest_sound(tmp_path)[0] == str(tmp_path / "update-00000003")
+    assert os.readlink(tmp_path / "last") == "update-00000003"
+    assert sum(name.startswith("aside-update-00000009") for name in names(tmp_path)) == 1
 
 
 def test_a_sound_checkpoint_is_left_alone(tmp_path):
@@ -147,8 +166,15 @@ def test_no_checkpoint_is_a_pickle_that_runs(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/harmed",)
 
-    torch.save(Harm(), place / "optimizer.bin")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
-        checkpoints.load(place)
+    pickles = [
+        file for file in place.rglob("*") if file.suffix not in (".safetensors", ".json", ".yaml") and file.is_file()
+    ]
+    assert {file.name for file in pickles} == {"optimizer.bin", "random_states_0.pkl"}
+    for file in pickles:
+        whole = file.read_bytes()
+        torch.save(Harm(), file)
+        with contextlib.suppress(Exception):  # Accelerate goes on without random states
+            checkpoints.load(place)
+        file.write_bytes(whole)
     assert not (tmp_path / "harmed").exists()
     assert "optimizer.bin" in json.loads((place / "hashes.json").read_text())

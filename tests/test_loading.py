@@ -219,6 +219,18 @@ def damaged(tmp_path):
     return load_splits(str(tmp_path / "again"), val_source="digits").train
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_row_that_can_not_be_read(damaged, tmp_path, streaming):
+    damaged.rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "damaged.parquet", batch_size=3)
+    split = load_splits(str(tmp_path / "damaged.parquet"), val_source="digits", streaming=streaming).train
+    lines = []
+    (batch,) = loader(split, 1, on_bad_image="skip", report=lines.append).epoch(0)
+    assert batch.weights.sum() == 4
+    assert len(lines) == 2
+    with pytest.raises(ValueError, match=r"unreadable image in row \d( of shard \d)? of the training split of"):
+        list(loader(split, 1).epoch(0))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(damaged, workers):
     with pytest.raises(

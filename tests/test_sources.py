@@ -100,6 +100,23 @@ def test_saved_data_sets_and_parquet(tmp_path, streaming):
     assert splits.label_names == [str(k) for k in range(10)]
     if streaming:
         assert splits.train.rows.num_shards == 3  # Parquet: a shard for each row group
+    stored = [row["image"]["bytes"] for row in rows]
+    assert [row["image"]["bytes"] for row in splits.train.rows] == stored  # neither decoded nor encoded again
+
+
+def test_names_of_the_user_come_before_those_of_the_data():
+    names = [f"digit {k}" for k in range(10)]
+    assert load_splits("digits", label_names=names).label_names == names
+    with pytest.raises(ValueError, match="9 label names for the 10 classes of digits"):
+        load_splits("digits", label_names=names[:9])
+
+
+def test_rows_keep_their_numbers():
+    splits = load_splits("digits")
+    whole = datasets.Dataset.from_dict({"label": DIGITS.target})
+    for split in (splits.train, splits.test, splits.test.choose([3, 8])):
+        assert [whole[split.place(k)]["label"] for k in range(2)] == [split.rows[k]["label"] for k in range(2)]
+    assert splits.test.name == "20 % of digits, set aside"
 
 
 def test_webdataset_shards_need_names_when_streamed(tmp_path):
@@ -112,6 +129,9 @@ def test_webdataset_shards_need_names_when_streamed(tmp_path):
     splits = load_splits(str(train), val_source=str(val), streaming=True, label_names=names)
     assert splits.label_names == names
     assert splits.train.rows.num_shards == 3
+    assert [row["image"]["bytes"] for row in splits.train.rows] == [
+        png(k) for k in range(15)
+    ]  # as they are in the file
     assert [row["label"] for row in splits.train.rows] == DIGITS.target[:15].tolist()
     assert load_splits(str(train), val_source=str(val)).label_names == [str(k) for k in range(10)]  # read and counted
 

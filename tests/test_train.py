@@ -214,6 +214,16 @@ def test_two_processes_give_the_loss_curve_of_one_and_the_same_evaluation(tmp_pa
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
         assert two["lr"] == one["lr"]
         assert two["top1"] == one["top1"]
+    # train.py's own evaluation, of weights that stay as they are
+    still = (*PLAIN, "--lr", "0", "--train-limit", 32, "--epochs", 1)
+    own = []
+    for processes in (1, 2):
+        assert train(*still, "--output", tmp_path / f"still{processes}", processes=processes).returncode == 0
+        own.append(
+            {k: v for k, v in rows(tmp_path / f"still{processes}" / "summary.csv")[0].items() if k.startswith("eval_")}
+        )
+        own[-1].pop("eval_seconds")
+    assert own[0] == own[1]
     # the same weights, evaluated by one, two and three processes: 360 images divide by none of the batches
     lines = []
     for processes in (1, 2, 3):
@@ -359,8 +369,15 @@ def test_a_killed_stream_goes_on_where_it_was(tmp_path):
         (("--distill",), "has no trained classifier"),
         (("--report-to", "wandbb"), "--report-to wandbb: there are"),
         (("--recipe", "nowhere"), "--recipe nowhere: no such file or recipe; there are cifar10"),
-        (("--initial-checkpoint", "x.safetensors"), "--initial-checkpoint x.safetensors: there is no x.safetensors"),
-        (("--resume", "nowhere"), "--resume nowhere: hashes.json is missing"),
+        (("--initial-checkpoint", "x.safetensors"), "checkpoint x.safetensors: there is no x.safetensors"),
+        (("--resume", "nowhere"), "--resume nowhere: there is no such folder"),
+        (("--auto-augment", "nonsense"), "timm can't make this augmentation (--auto-augment nonsense)"),
+        (("--mean", "0.5", "0.5"), "--mean has 2 values for 3 channels"),
+        (("--label-key", "image"), "column image of digits is Image"),
+        (("--opt-kwargs", "betas=[0.9"), "'betas=[0.9' has no valid value"),
+        (("--distill-temperature", "0"), "0 is not above 0"),
+        (("--reci", "digits"), "unrecognized arguments: --reci"),
+        (("--freeze", "all-but-graph", "--model", "test_resnet"), "it is static"),
         (("--warmup-epochs", "10"), "--warmup-epochs 10 leaves nothing of --epochs 10"),
         (("--in-chans", "2"), "--in-chans"),
     ],
@@ -387,7 +404,7 @@ def _scripts_on_path(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 1", "has the unknown option 'learning_rate'; the nearest one is"),
+        ("learning_rate: 1", "has the unknown option 'learning_rate'; the nearest one is 'lr'"),
         ("batchsize: 1", "unknown option 'batchsize'; the nearest one is 'batch_size'"),
         ("lr: [1, 2", "is not valid YAML"),
         ("- 1", "must map options to values"),
@@ -404,11 +421,53 @@ def test_bad_recipes(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+def test_images_that_are_all_unreadable_in_an_update_do_not_end_the_epoch(tmp_path):
+    """Every other image of a shuffled epoch is damaged: some updates of two have none left."""
+    for name, label in (("one", 1), ("two", 2)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n, k in enumerate(np.flatnonzero(DIGITS.target == label)[:20]):
+            (tmp_path / "images" / name / f"{k}.png").write_bytes(png(k)[: 50 if n % 2 else None])
+    process = train(*NORMED, "--data", tmp_path / "images", "--on-bad-image", "skip", "--batch-size", 2, "--epochs", 1,
+                    "--output", tmp_path / "run")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    row = rows(tmp_path / "run" / "summary.csv")[0]
+    assert row["updates"] == "16"
+    assert int(row["skipped_images"]) + int(row.get("eval_skipped_images", 0)) == 20
+
+
+def test_a_resume_from_another_run_is_refused(finished, tmp_path):
+    output, _ = finished
+    process = train(*PLAIN, "--train-limit", 320, "--epochs", 2, "--ema-decay", 0.9, "--output", tmp_path / "new",
+                    "--resume", output / "checkpoints" / "last")  # fmt: skip
+    assert process.returncode == 2
+    assert re.search("is of another run than --output .*--initial-checkpoint", process.stderr)
+
+
+def test_the_command_to_go_on():
+    import train as script
+
+    assert (
+        script.command_to_go_on(["train.py", "--resume", "--seed", "1"], 1) == "python train.py --seed 1 --resume auto"
+    )
+    assert script.command_to_go_on(["t.py", "--resume", "auto", "-x"], 1) == "python t.py -x --resume auto"
+    assert script.command_to_go_on(["t.py", "--resume=a", "b"], 2).endswith("2 processes) t.py b --resume auto")
+
+
+def test_one_channel(tmp_path):
+    process = train(
+        *NORMED, "--in-chans", 1, "--train-limit", 32, "--val-limit", 20, "--epochs", 1, "--output", tmp_path / "r"
+    )
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     output = tmp_path / "run"
     process = train(*PLAIN, "--lr", "1e30", "--train-limit", 320, "--epochs", 1, "--save-every", 1, "--output", output)
     assert process.returncode == 1
-    assert re.search(r"error: the (loss became nan|weights are no longer finite) at update \d+", process.stderr)
+    assert re.search(
+        r"error: the (loss became nan|weights are no longer finite) at update \d+.*(saved yet|last good checkpoint)",
+        process.stderr,
+    )
     process = train(*PLAIN, "--opt", "sgd", "--lr", "1e4", "--train-limit", 320, "--epochs", 5, "--log-every", 3,
                     "--output", tmp_path / "other")  # fmt: skip
     assert process.returncode == 1
@@ -417,8 +476,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_more_classes_than_the_head(tmp_path, finished):
     output, _ = finished
-    for name in ("three", "two"):
-        (tmp_path / name).mkdir()
     process = run("validate.py", output / "model", "--data", shards(tmp_path / "w"), "--val-data", tmp_path / "w",
                   "--streaming", "--num-classes", 12)  # fmt: skip
     assert process.returncode == 2

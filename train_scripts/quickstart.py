@@ -123,7 +123,7 @@ def milliseconds(models: dict[str, nn.Module], images: Tensor, rounds: int = 15)
 
 def main() -> None:
     args = parse()
-    splits = load_splits(args.data, seed=args.seed)
+    splits = load_splits(args.data)
     classes = len(splits.label_names)
     print(f"{args.data}: {splits.train.size} images to train on, {splits.test.size} to test, {classes} classes")
     size = (3, args.image_size, args.image_size)

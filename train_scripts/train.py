@@ -29,18 +29,21 @@ from dg_timm.training.checkpoints import Checkpoints, find_fault, newest_sound, 
 from dg_timm.training.dry_run import dry_run
 from dg_timm.training.evaluation import evaluate_model
 from dg_timm.training.models import save_model
-from dg_timm.training.optimization import split_batch
+from dg_timm.training.optimization import scaled_lr, split_batch
 from dg_timm.training.processes import Agreement, StopRequest, make_accelerator
 from dg_timm.training.report import Report, Row, graph_statistics
 from dg_timm.training.setup import build_network, build_optimization, load_data, make_loader, make_transforms
 from dg_timm.training.trainer import NonFiniteLoss, Plan, Stopped, Trainer
 
 RECIPES = Path(__file__).parent / "recipes"
+VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
 GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
 
 
 def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_run_options(parser)
     arguments.add_data_options(parser)
     arguments.add_image_options(parser)
@@ -69,6 +72,11 @@ def find_start(args: argparse.Namespace, accelerator: Accelerator, folder: Path)
             return None
     elif faults:
         raise ValueError(f"--resume {place}: {faults}")
+    elif Path(place).resolve().parent != folder.resolve():
+        raise ValueError(
+            f"--resume {place} is of another run than --output {folder.parent}; to start afresh from its weights, give "
+            f"--initial-checkpoint {place}"
+        )
     changed = arguments.differences(vars(args), read_args(Path(place)))
     if changed:
         lines = "\n  ".join(changed)
@@ -100,7 +108,7 @@ def build(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
     set_seed(args.seed)
     network = build_network(args, num_classes, accelerator)
     transforms = make_transforms(args, network.data_config)
-    val_batch = args.val_batch_size or split.micro_batch
+    val_batch = args.val_batch_size or VAL_BATCH
     loader = make_loader(
         splits.train, args, transforms[0], names, split.micro_batch, accelerator, network.data_config, training=True
     )
@@ -164,7 +172,7 @@ def build(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
             data_config=network.data_config,
             dataset=Path(args.data).name if Path(args.data).exists() else args.data,
             accuracy=float(row["ema_top1" if use_ema else "eval_top1"]),
-            training=describe(args, row, network.random, use_ema),
+            training=describe(args, int(row["epoch"]), epochs, network.random, use_ema),
         )
 
     def on_epoch(epoch: int) -> None:
@@ -201,7 +209,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
     output = Path(args.output)
     start = find_start(args, accelerator, output / "checkpoints")
     trainer = build(args, accelerator, stop)
-    trainer.checkpoints.clean()
+    trainer.checkpoints.clean(start)
     position = None
     if start is not None:
         position = trainer.resume(start)
@@ -217,12 +225,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
     accelerator.print(f"best: {progress.best_metric:.2f} % in epoch {progress.best_epoch}; {output / 'model'} holds it")
 
 
-def describe(args: argparse.Namespace, row: Row, random: bool, ema: bool) -> str:
+def describe(args: argparse.Namespace, epoch: int, epochs: int, random: bool, ema: bool) -> str:
     """A sentence for the card."""
-    source = Path(args.initial_checkpoint).name if args.initial_checkpoint else "the published weights"
+    source = Path(args.initial_checkpoint or args.model).name if not args.pretrained else "the published weights"
+    lr = scaled_lr(args.lr, args.batch_size, args.lr_base_batch, args.lr_base_scale)
     parts = [
         "from scratch" if random else f"from {source}",
-        f"{row['epoch']} of {args.epochs} epochs, {args.opt}, learning rate {args.lr:g}, batch {args.batch_size}",
+        f"{epoch} of {epochs} epochs, {args.opt}, learning rate {lr:g}, batch {args.batch_size}",
         f"seed {args.seed}",
     ]
     if args.distill not in (None, "none"):
@@ -248,12 +257,11 @@ def main() -> int:
             else:
                 train(args, accelerator, stop)
         except Stopped as stopped:
-            accelerator.print(f"{stopped}. Go on with:\n  {shlex.join(['python', *resuming(sys.argv)])}")
+            accelerator.print(f"{stopped}. Go on with:\n  {command_to_go_on(sys.argv, accelerator.num_processes)}")
             return 128 + stopped.signal
         except NonFiniteLoss as error:
             accelerator.print(
-                f"error: {error}. Its last good checkpoint is kept; lower --lr, or add --warmup-epochs or --clip-grad",
-                file=sys.stderr,
+                f"error: {error}. A smaller --lr, --warmup-epochs or --clip-grad may help", file=sys.stderr
             )
             return 1
         except (ValueError, OSError) as error:
@@ -262,14 +270,22 @@ def main() -> int:
     return 0
 
 
-def resuming(argv: list[str]) -> list[str]:
-    """The same command with --resume auto."""
-    kept = [
-        token
-        for k, token in enumerate(argv)
-        if token != "--resume" and (k == 0 or argv[k - 1] != "--resume") and not token.startswith("--resume=")
-    ]
-    return [*kept, "--resume", "auto"]
+def command_to_go_on(argv: list[str], processes: int) -> str:
+    """The command that started this run, with --resume auto."""
+    kept, skip = [], False
+    for token, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if token == "--resume":
+            skip = not following.startswith("--")  # its value
+        elif skip or token.startswith("--resume="):
+            skip = False
+        else:
+            kept.append(token)
+    command = shlex.join([*kept, "--resume", "auto"])
+    return (
+        f"python {command}"
+        if processes == 1
+        else f"torchrun --nproc_per_node ... (as before, {processes} processes) {command}"
+    )
 
 
 if __name__ == "__main__":

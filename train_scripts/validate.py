@@ -24,14 +24,16 @@ import dg_timm
 from dg_timm.checkpoint import graph_stages
 from dg_timm.training import arguments, models
 from dg_timm.training.evaluation import evaluate_model
-from dg_timm.training.processes import make_accelerator
+from dg_timm.training.processes import Agreement, make_accelerator
 from dg_timm.training.report import graph_statistics
 from dg_timm.training.setup import data_config_of, load_data, make_loader
 from dg_timm.training.sources import Splits
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     arguments.add_data_options(parser)
     arguments.add_image_options(parser)
@@ -44,10 +46,9 @@ def parse() -> argparse.Namespace:
     run.add_argument("--batch-size", type=arguments.positive, default=64, help="images at a time on a process")
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False)
-    run.add_argument(
-        "--seed", type=arguments.natural, default=0, help="of the split that is set aside, where there is none"
-    )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.seed = 0  # nothing is drawn
+    return args
 
 
 def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -60,8 +61,11 @@ def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: A
         **args.model_kwargs,
     )
     classes = len(splits.label_names)
-    if model.num_classes < classes:
-        raise ValueError(f"{name} has {model.num_classes} classes, {args.data} has {classes}")
+    if model.num_classes not in (classes, args.num_classes):
+        raise ValueError(
+            f"{name} has {model.num_classes} classes, {args.data} has {classes}; if its labels are among those of the "
+            f"network all the same, say so with --num-classes {model.num_classes}"
+        )
     own = getattr(model, "pretrained_cfg", {}).get("label_names")
     if own and model.num_classes == classes and list(own) != splits.label_names:
         raise ValueError(f"{name} was trained on {list(own)[:5]}, {args.data} has {splits.label_names[:5]}")
@@ -89,8 +93,9 @@ def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: A
         image_size=list(data_config["input_size"]),
         seconds=round(seconds, 2),
     )
-    if loader.skipped:
-        row["skipped"] = loader.skipped
+    skipped = int(Agreement().sum(loader.skipped)[0])
+    if skipped:
+        row["skipped"] = skipped
     if graph_stages(model) and accelerator.is_main_process:
         row["cost"] = graph_statistics(model, loader.sample(64).to(accelerator.device))["cost"]
     return row
@@ -102,6 +107,8 @@ def main() -> int:
         accelerator = make_accelerator(mixed_precision=args.mixed_precision)
         with accelerator.local_main_process_first():
             splits = load_data(args)
+        if accelerator.is_main_process:
+            print(f"evaluating on {splits.test.name}: {splits.test.size or 'a stream of'} images", file=sys.stderr)
         rows = []
         for name in args.models:
             rows.append(validate(name, splits, args, accelerator))

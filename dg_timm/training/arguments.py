@@ -1,6 +1,7 @@
 """Options of the training scripts: command line, recipes (YAML), and which of them a resumed run must share."""
 
 import argparse
+import contextlib
 import difflib
 import sys
 from collections.abc import Sequence
@@ -13,9 +14,16 @@ from dg_timm.training.optimization import SCHEDULES
 
 # A resumed run may differ in these; every other option decides what the weights become.
 RUN_OPTIONS = frozenset(
-    {"recipe", "output", "resume", "dry_run", "workers", "val_workers", "report_to", "keep", "save_every", "log_every",
-     "val_batch_size", "progress"}
+    {"recipe", "output", "resume", "dry_run", "workers", "report_to", "keep", "save_every", "log_every",
+     "val_batch_size", "on_bad_image", "patience", "allow_changed"}
 )  # fmt: skip
+
+
+_ALIASES = {  # what other trainers call it
+    "learning_rate": "lr", "wd": "weight_decay", "label_smoothing": "smoothing", "optimizer": "opt",
+    "scheduler": "sched", "num_epochs": "epochs", "dropout": "drop", "teacher": "distill", "amp": "mixed_precision",
+    "dataset": "data",
+}  # fmt: skip
 
 
 def parse(
@@ -58,12 +66,14 @@ def _recipe_tokens(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     for key, value in recipe.items():
         dest = str(key).replace("-", "_")
         if dest not in actions:
-            near = difflib.get_close_matches(dest, actions, n=1, cutoff=0.0)[0]
+            near = _ALIASES.get(dest) or difflib.get_close_matches(dest, actions, n=1, cutoff=0.0)[0]
             parser.error(f"recipe {file} has the unknown option {key!r}; the nearest one is {near!r}")
         option = next(o for o in actions[dest].option_strings if o.startswith("--"))
         if value is None:
             continue
-        if isinstance(actions[dest], (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
+        if isinstance(value, bool) and actions[dest].nargs == "?":
+            tokens += [option] if value else []
+        elif isinstance(actions[dest], (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
             if not isinstance(value, bool):
                 parser.error(f"recipe {file}: {key} must be true or false, got {value!r}")
             if value:
@@ -80,8 +90,12 @@ def _recipe_tokens(parser: argparse.ArgumentParser, file: Path) -> list[str]:
 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """A line for every option that decides what the weights become and differs between two runs."""
-    keys = [key for key in dict.fromkeys([*then, *now]) if key not in RUN_OPTIONS]
+    """A line for every option that decides what the weights become and differs between two runs.
+
+    Those named by ``--allow-changed`` (data that was moved, say) may differ.
+    """
+    allowed = RUN_OPTIONS | {name.lstrip("-").replace("-", "_") for name in now.get("allow_changed", ())}
+    keys = [key for key in dict.fromkeys([*then, *now]) if key not in allowed]
     return [
         f"--{k.replace('_', '-')}: {then.get(k)!r} then, {now.get(k)!r} now" for k in keys if then.get(k) != now.get(k)
     ]
@@ -98,8 +112,18 @@ class KeyValues(argparse.Action):
             key, equals, value = text.partition("=")
             if not equals or not key:
                 parser.error(f"{option} takes key=value, got {text!r}")
-            pairs[key] = yaml.safe_load(value)
+            try:
+                pairs[key] = _scalar(value)
+            except yaml.YAMLError:
+                parser.error(f"{option}: {text!r} has no valid value")
         setattr(namespace, self.dest, pairs)
+
+
+def _scalar(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)  # YAML 1.1 reads 1e-8 as text
+    return yaml.safe_load(text)
 
 
 def positive(text: str) -> int:
@@ -125,6 +149,14 @@ def amount(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = amount(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
     return value
 
 
@@ -158,7 +190,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--shuffle-buffer", type=positive, default=2048, help="undecoded rows of a stream that are shuffled together"
     )
     data.add_argument(
-        "--epoch-size", type=positive, help="rows of an epoch, where a stream does not tell (for the schedule)"
+        "--epoch-size", type=positive, help="rows of an epoch of a stream that does not tell (for the schedule)"
     )
     data.add_argument("--train-limit", type=positive, help="train on a fixed random choice of so many images")
     data.add_argument("--val-limit", type=positive, help="evaluate on a fixed random choice of so many images")
@@ -273,7 +305,7 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt.add_argument("--distill", nargs="?", const="static", metavar="TEACHER", help="learn a teacher's logits; alone: "
                      "those of the static network that --model was converted from; none: no teacher")  # fmt: skip
     opt.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
-    opt.add_argument("--distill-temperature", type=amount, default=1.0)
+    opt.add_argument("--distill-temperature", type=above_zero, default=1.0)
     opt.add_argument("--ema-decay", type=share, help="keep an average of the weights, and evaluate it too")
     _flag(opt, "--ema-warmup", True, "let the average's decay grow at the start")
     opt.add_argument("--patience", type=positive, help="epochs without a better evaluation before stopping")
@@ -287,6 +319,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--resume", nargs="?", const="auto", help="auto: the newest checkpoint that is sound; or its folder"
     )
+    run.add_argument(
+        "--allow-changed", nargs="+", default=[], metavar="OPTION", help="that a resumed run may change, e.g. data"
+    )
     run.add_argument("--seed", type=natural, default=0)
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     _flag(run, "--channels-last", False, "memory layout of images and weights")
@@ -299,9 +334,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="reduce",
         help="norm statistics after an epoch: average, or the main process's",
     )
-    run.add_argument(
-        "--val-batch-size", type=positive, help="images at a time on a process; by default the micro-batch"
-    )
+    run.add_argument("--val-batch-size", type=positive, help="images at a time on a process; by default 64")
     run.add_argument(
         "--save-every", type=natural, default=0, help="updates between checkpoints; one is saved each epoch anyway"
     )

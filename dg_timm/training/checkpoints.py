@@ -54,6 +54,7 @@ class Checkpoints:
         self.write_config = write_config
         self.networks = {".": model, **({"ema": ema} if ema is not None else {})}
         self.best: Optional[str] = None  # name of the checkpoint that rotation must spare
+        self.states: dict[str, Any] = {}  # by file name, what has a state_dict of plain numbers
         # Accelerate would save and load the wrapped model, whose names tell how it was wrapped
         accelerator.register_save_state_pre_hook(self._save_networks)
         accelerator.register_load_state_pre_hook(self._load_networks)
@@ -67,6 +68,8 @@ class Checkpoints:
         place, beside = self.folder / name, self.folder / f".saving-{name}"
         sound = self.accelerator.is_main_process and place.exists() and find_fault(place) is None
         if self.agreement.any(sound):
+            if self.accelerator.is_main_process:
+                self._point("last", name)
             return place
         failure = ""
         try:
@@ -91,8 +94,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 (beside / "args.yaml").write_text(yaml.safe_dump(self.args, sort_keys=False))
                 _write_hashes(beside)
-                if place.exists():  # unsound: a resume has passed over it
-                    os.replace(place, self.folder / f"unsound-{name}-{time.time_ns()}")
+                self._set_aside(place)
                 os.replace(beside, place)
                 _sync(self.folder)
                 self._point("last", name)
@@ -103,6 +105,11 @@ class Checkpoints:
             raise self._failed(name, beside, failure)
         return place
 
+    @property
+    def newest(self) -> Optional[Path]:
+        """The newest checkpoint, sound or not."""
+        return max(_places(self.folder), default=None)
+
     def mark_best(self, name: str) -> None:
         """Spare this checkpoint from rotation, and point ``best`` to it."""
         self.best = name
@@ -111,7 +118,9 @@ class Checkpoints:
 
     def load(self, place: Path) -> Optional[Position]:
         """Put everything back as it was; the position of this process."""
-        self.accelerator.load_state(str(place))
+        self.accelerator.load_state(str(place))  # weights_only=True, by Accelerate's default
+        for name, state in self.states.items():
+            state.load_state_dict(json.loads((place / f"{name}.json").read_text()))
         own = self.accelerator.process_index
         statistics = place / f"statistics-{own}.safetensors"
         if statistics.exists():
@@ -123,11 +132,18 @@ class Checkpoints:
         position: Optional[Position] = json.loads((file if file.exists() else place / "position-0.json").read_text())
         return position
 
-    def clean(self) -> None:
-        """Remove what an interrupted save left."""
+    def clean(self, start: Optional[Path]) -> None:
+        """Remove what an interrupted save left, and set aside what lies after ``start``: it is of another course."""
         if self.accelerator.is_main_process:
+            for place in _places(self.folder):
+                if start is None or place.name > start.name:
+                    self._set_aside(place)
             for left in self.folder.glob(".saving-*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _set_aside(self, place: Path) -> None:
+        if place.exists():
+            os.replace(place, self.folder / f"aside-{place.name}-{time.time_ns()}")
 
     def _rotate(self) -> None:
         for old in sorted(_places(self.folder))[: -self.keep]:
@@ -153,6 +169,9 @@ class Checkpoints:
     def _save_own(self, folder: Path, position: Optional[Position]) -> None:
         """What every process has for itself: its place in the data, and its norm statistics within an epoch."""
         own = self.accelerator.process_index
+        if self.accelerator.is_main_process:  # as JSON: Accelerate would pickle it, and run what it loads
+            for name, state in self.states.items():
+                (folder / f"{name}.json").write_text(json.dumps(state.state_dict()))
         (folder / f"position-{own}.json").write_text(json.dumps(position))
         if self.accelerator.num_processes > 1:
             buffers = {
@@ -194,11 +213,13 @@ def _places(folder: Path) -> list[Path]:
 
 def find_fault(place: Path) -> Optional[str]:
     """What is wrong with a checkpoint's files; None if they are those that were written."""
+    if not place.is_dir():
+        return "there is no such folder"
     try:
-        expected: dict[str, str] = json.loads((place / HASHES).read_text())
+        expected: dict[str, str] = dict(json.loads((place / HASHES).read_text()))
     except FileNotFoundError:
         return f"{HASHES} is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{HASHES} can't be read ({error})"
     for name, digest in expected.items():
         file = place / name
@@ -206,7 +227,7 @@ def find_fault(place: Path) -> Optional[str]:
             return f"{name} is missing"
         if _digest(file) != digest:
             return f"{name} is not what was written (its hash differs)"
-    return None
+    return None if expected else f"{HASHES} names no file"
 
 
 def read_args(place: Path) -> dict[str, Any]:

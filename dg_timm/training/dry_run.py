@@ -13,7 +13,7 @@ from dg_timm.checkpoint import graph_stages
 from dg_timm.complexity import complexity
 from dg_timm.training.optimization import split_batch
 from dg_timm.training.setup import Network, build_network, build_optimization, load_data
-from dg_timm.training.sources import count_rows
+from dg_timm.training.sources import Splits, count_rows
 
 
 def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -22,12 +22,10 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.epoch_size and args.num_classes:
         classes, rows, source = args.num_classes, args.epoch_size, f"{args.data} (not opened: its size is given)"
     else:
-        streaming, args.streaming = args.streaming, args.data != "digits"  # reading does not copy the data to the cache
         with tempfile.TemporaryDirectory() as scratch:
             datasets.config.HF_DATASETS_CACHE = Path(scratch)
-            splits = load_data(argparse.Namespace(**{**vars(args), "train_limit": None, "val_limit": None}))
+            splits = look_at_data(args)
             classes, rows, source = len(splits.label_names), args.epoch_size or count_rows(splits.train), args.data
-        args.streaming = streaming
         rows = min(rows, args.train_limit or rows)
     network = build_network(args, args.num_classes or classes, accelerator)
     updates = rows // split.images if not args.streaming else -(-rows // split.images)
@@ -66,6 +64,17 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"hours in all on {accelerator.device} (forward and backward of random images, measured now; reading data and "
         "evaluation come on top)"
     )
+
+
+def look_at_data(args: argparse.Namespace) -> Splits:
+    """Open the data as a stream, which copies nothing; where a stream does not tell enough, as the run would."""
+    whole = {**vars(args), "train_limit": None, "val_limit": None}
+    try:
+        return load_data(argparse.Namespace(**{**whole, "streaming": args.streaming or args.data != "digits"}))
+    except ValueError:
+        if args.streaming:
+            raise
+        return load_data(argparse.Namespace(**whole))
 
 
 def time_update(network: Network, size: int, accelerator: Accelerator) -> float:

@@ -249,7 +249,8 @@ class Images(Dataset[Any]):
         value, label = example["image"], example["label"]
         path = value.get("path") if isinstance(value, dict) else None
         shard = f" of shard {key.shard}" if key.example is not None else ""
-        where = f"row {key.row}{shard} of {self.split.name}" + (f" ({path})" if path else "")
+        row = key.row if key.example is not None else self.split.place(key.row)
+        where = f"row {row}{shard} of {self.split.name}" + (f" ({path})" if path else "")
         if isinstance(label, str):
             label = self.class_of.get(label, label)
         if not isinstance(label, int) or not 0 <= label < self.classes:

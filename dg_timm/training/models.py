@@ -51,7 +51,8 @@ def create(
     name, folder = _resolve(name)
     if initial_checkpoint is not None:
         if pretrained or folder:
-            raise ValueError("--initial-checkpoint and --pretrained both name weights to start from; give one")
+            source = name if folder else "--pretrained"
+            raise ValueError(f"{source} and the checkpoint {initial_checkpoint} both name weights; give one of them")
         file = _weights_file(initial_checkpoint)
         overlay = dict(file=str(file), num_classes=_classes_in(name, file), url="", hf_hub_id=None)
         options |= dict(pretrained_cfg_overlay=overlay)
@@ -85,13 +86,18 @@ def _resolve(name: str) -> tuple[str, bool]:
     return name, False
 
 
+def names_weights(name: str) -> bool:
+    """Whether a name stands for weights, not only for an architecture."""
+    return _resolve(name)[1]
+
+
 def _weights_file(source: str) -> Path:
     path = Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"--initial-checkpoint {source}: there is no {file}")
+        raise FileNotFoundError(f"checkpoint {source}: there is no {file}")
     if file.suffix != ".safetensors":
-        raise ValueError(f"--initial-checkpoint {source}: only safetensors are loaded; save the weights in that format")
+        raise ValueError(f"checkpoint {source}: only safetensors are loaded; save the weights in that format")
     return file
 
 
@@ -181,15 +187,14 @@ def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
         the names of what still learns.
     """
     classifier = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]
+    if what == "all-but-graph" and not graph_stages(model):
+        raise ValueError(f"--freeze all-but-graph leaves nothing to learn in this {type(model).__name__}: it is static")
     for name, parameter in model.named_parameters():
         if what == "backbone":
             parameter.requires_grad_(id(parameter) in classifier)
         elif what == "all-but-graph":
             parameter.requires_grad_(not is_static([name]) or (new_classifier and id(parameter) in classifier))
-    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not learning:
-        raise ValueError(f"--freeze {what} leaves nothing to learn in this {type(model).__name__}: it is static")
-    return learning
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def set_train_mode(model: nn.Module, fixed_norms: bool = False) -> None:

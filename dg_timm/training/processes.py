@@ -1,5 +1,6 @@
 """What the processes of one training must agree on, and the signals that ask it to stop."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,8 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self.signal = signal.Signals(number)
+            if self.signal == signal.SIGINT:
+                os.write(2, b"\nstopping after this update; again to end at once\n")
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -28,7 +28,6 @@ def load_data(args: argparse.Namespace) -> Splits:
         label_names=names,
         num_classes=args.num_classes,
         streaming=args.streaming,
-        seed=args.seed,
     )
     return splits._replace(
         train=limit(splits.train, args.train_limit, "--train-limit"),
@@ -43,7 +42,7 @@ def limit(split: Split, size: Optional[int], option: str) -> Split:
     if split.size is None or split.streamed:
         raise ValueError(f"{option} can't choose among the rows of a stream")
     chosen = torch.randperm(split.size, generator=torch.Generator().manual_seed(0))[:size]
-    return Split(split.rows.select(sorted(chosen.tolist())), split.name, min(size, split.size))
+    return split.choose(sorted(chosen.tolist()))
 
 
 def make_loader(
@@ -105,7 +104,16 @@ def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tu
     test = create_transform(**data_config)
     if not args.augment:
         return test, test
-    train = create_transform(
+    try:
+        return _training_transform(args, data_config), test
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"timm can't make this augmentation (--auto-augment {args.auto_augment}): {error!r}"
+        ) from error
+
+
+def _training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
+    return create_transform(
         **data_config,
         is_training=True,
         train_crop_mode=args.train_crop_mode,
@@ -118,7 +126,6 @@ def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tu
         re_prob=args.reprob,
         re_mode=args.remode,
     )
-    return train, test
 
 
 class Network(NamedTuple):
@@ -145,7 +152,9 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     data_config = data_config_of(model, args)
     teacher = None
     if args.distill not in (None, "none"):
-        teacher = models.create_teacher(args.distill, model, args.model, not own_classifier, in_chans=args.in_chans)
+        teacher = models.create_teacher(
+            args.distill, model, args.model, not own_classifier, in_chans=args.in_chans, **args.model_kwargs
+        )
         teacher = teacher.to(accelerator.device)
     mixup = None
     if args.mixup or args.cutmix:
@@ -178,7 +187,8 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         model.set_grad_checkpointing(True)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return Network(model, objective, data_config, learning, not (args.pretrained or args.initial_checkpoint))
+    loaded = args.pretrained or args.initial_checkpoint or models.names_weights(args.model)
+    return Network(model, objective, data_config, learning, not loaded)
 
 
 def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -187,6 +197,13 @@ def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     if args.image_size:
         given["input_size"] = (model.in_chans, args.image_size, args.image_size)
     config: dict[str, Any] = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
+    channels = model.in_chans
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for key in ("mean", "std"):
+        if given[key] is not None and len(given[key]) not in (1, channels):
+            raise ValueError(f"--{key} has {len(given[key])} values for {channels} channels")
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config
 
 

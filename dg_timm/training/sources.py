@@ -23,15 +23,26 @@ class Split(NamedTuple):
             ``label`` (int, or str if ``label_names`` must be applied).
         name: for messages, e.g. ``split train of digits``.
         size: rows, None where only reading it all would tell.
+        places: (size,) the rows' numbers in the data set, where some were left out.
     """
 
     rows: Any
     name: str
     size: Optional[int]
+    places: Optional[Any] = None
 
     @property
     def streamed(self) -> bool:
         return isinstance(self.rows, IterableDataset)
+
+    def place(self, row: int) -> int:
+        """The number in the data set of a row of this split."""
+        return row if self.places is None else int(self.places[row])
+
+    def choose(self, rows: Sequence[int], name: Optional[str] = None) -> "Split":
+        """Only these rows."""
+        places = np.asarray([self.place(row) for row in rows])
+        return Split(self.rows.select(rows), name or self.name, len(rows), places)
 
 
 class Splits(NamedTuple):
@@ -87,19 +98,25 @@ def load_splits(
 
     image, label = _columns(train_rows, image_key, label_key, source)
     names = _label_names(train_rows, label, label_names, num_classes, source)
+    train_name, val_name = f"the training split of {source}", f"the evaluation split of {val_source or source}"
     if val_rows is None:
         if streaming:
             raise ValueError(
                 f"{source} has no {' or '.join(HELD_OUT_SPLITS)} split; name one with --val-split or --val-data"
             )
-        train_rows, val_rows = _set_aside(train_rows, label, test_fraction, seed, source)
+        kept, aside = _set_aside(train_rows, label, test_fraction, seed, source)
+        whole = _split(train_rows, image, label, names, source)
+        return Splits(
+            whole.choose(kept), whole.choose(aside, f"{100 * test_fraction:.0f} % of {source}, set aside"), names
+        )
     val_image, val_label = _columns(val_rows, image_key or image, label_key or label, val_source or source)
     own = val_rows.features[val_label]
-    if isinstance(own, ClassLabel) and own.names != names:
-        raise ValueError(f"the classes to evaluate on, {own.names[:8]}, are not those to train on, {names[:8]}")
+    theirs = train_rows.features[label]
+    if isinstance(own, ClassLabel) and isinstance(theirs, ClassLabel) and own.names != theirs.names:
+        raise ValueError(f"the classes to evaluate on, {own.names[:8]}, are not those to train on, {theirs.names[:8]}")
     return Splits(
-        _split(train_rows, image, label, names, f"the training split of {source}"),
-        _split(val_rows, val_image, val_label, names, f"the evaluation split of {val_source or source}"),
+        _split(train_rows, image, label, names, train_name),
+        _split(val_rows, val_image, val_label, names, val_name),
         names,
     )
 
@@ -154,6 +171,11 @@ def _columns(rows: Any, image_key: Optional[str], label_key: Optional[str], sour
     label = label or next((k for k in ("label", "cls") if k in features), None)  # cls: webdataset's usual name
     if label is None:
         raise ValueError(f"{source} has no label column; name one with --label-key. Its columns are {have}")
+    kind = features[label]
+    if not isinstance(kind, ClassLabel) and not (
+        isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "str"))
+    ):
+        raise ValueError(f"column {label} of {source} is {kind}; labels must be integers or text")
     return image, label
 
 
@@ -179,14 +201,13 @@ def _label_names(
             "(a file with a name a line) or --num-classes"
         )
     values = rows.unique(label)
-    if not all(isinstance(value, (int, str)) for value in values):
-        raise ValueError(f"column {label} of {source} is {feature}; labels must be integers or text")
+    values = [value for value in values if value is not None]
     if values and isinstance(values[0], str):
         return sorted(values)
     return [str(k) for k in range(max(values, default=-1) + 1)]
 
 
-def _set_aside(rows: Any, label: str, fraction: float, seed: int, source: str) -> tuple[Any, Any]:
+def _set_aside(rows: Any, label: str, fraction: float, seed: int, source: str) -> tuple[list[int], list[int]]:
     labels = rows.select_columns([label])[:][label]
     if labels and min(np.unique(labels, return_counts=True)[1]) < 2:
         raise ValueError(
@@ -198,16 +219,17 @@ def _set_aside(rows: Any, label: str, fraction: float, seed: int, source: str) -
     halves = Dataset.from_dict(table, features=features).train_test_split(
         fraction, stratify_by_column="label", seed=seed
     )
-    return rows.select(halves["train"]["row"]), rows.select(halves["test"]["row"])
+    return list(halves["train"]["row"]), list(halves["test"]["row"])
 
 
 def _split(rows: Any, image: str, label: str, names: list[str], name: str) -> Split:
     if isinstance(rows, IterableDataset):
+        # First of all: what follows would decode every image here, and encode it again with a loss.
+        rows = rows.cast_column(image, Image(decode=False))
         rows = rows.reshard()  # Parquet: a shard for each row group instead of one for each file
     rows = rows.select_columns([image, label])
     rows = rows.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
     if isinstance(rows, IterableDataset):
-        rows = rows.cast_column("image", Image(decode=False))
         known = (rows.info.splits or {}).get(str(rows.split)) if rows.split else None
         return Split(rows, name, known.num_examples if known and known.num_examples else None)
     if len(rows) == 0:

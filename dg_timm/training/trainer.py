@@ -145,7 +145,7 @@ class Trainer:
         self._rates: list[float] = []
         self._since = time.perf_counter()
         self._skipped_before = 0  # unreadable images, over all processes, before a resume
-        accelerator.register_for_checkpointing(schedule, self.progress)
+        checkpoints.states |= {"schedule": schedule, "progress": self.progress}
 
     def resume(self, place: Path) -> Optional[Position]:
         """Go back to a checkpoint; the position to give to :meth:`run`."""
@@ -206,7 +206,12 @@ class Trainer:
                     self._save()
         self._look(None)
         if progress.images == 0:
-            raise ValueError("the training split has no images")
+            raise ValueError("the training split has no images (that can be read)")
+        if progress.update != (progress.epoch + 1) * total:
+            self.report.line(
+                f"epoch {progress.epoch + 1} ended at update {progress.update}, not at {(progress.epoch + 1) * total}: "
+                "the schedule is off; set --epoch-size to the rows that the stream has"
+            )
         if self.accelerator.num_processes > 1:
             for network in self.checkpoints.networks.values():
                 distribute_bn(network, self.accelerator.num_processes, plan.dist_bn == "reduce")
@@ -223,10 +228,14 @@ class Trainer:
                 break
             micros.append(batch)
         counts = [float(batch.weights.sum()) for batch in micros]
-        rows, asked = self.agreement.sum(sum(counts), self.stop.signal is not None)
+        pending, rows, asked = self.agreement.sum(len(micros), sum(counts), self.stop.signal is not None)
         self._must_stop = asked > 0
-        if rows == 0:
+        if pending == 0:
             return False
+        if rows == 0:  # every image of the update is unreadable: the schedule goes on without it
+            self.progress.update += 1
+            self.schedule.step_update(self.progress.update)
+            return True
         while len(micros) < split.accumulation:  # others still have images: take part with none
             micros.append(micros[-1].without_weight() if micros else self.loader.nothing())
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -280,7 +289,9 @@ class Trainer:
         loss = table[:, 0] / table[:, 2]
         for k in (~torch.isfinite(loss)).nonzero()[:1, 0].tolist():
             update = progress.update - len(loss) + k + 1
-            raise NonFiniteLoss(f"the loss became {loss[k].item()} at update {update} (learning rate {rates[k]:.3g})")
+            raise self._not_finite(
+                f"the loss became {loss[k].item()} at update {update} (learning rate {rates[k]:.3g})"
+            )
         loss_sum, correct, images = table.sum(0).tolist()
         progress.loss_sum += loss_sum
         progress.correct += correct
@@ -303,13 +314,19 @@ class Trainer:
         self._look(None)
         # all processes have the same weights, but not the same norm statistics
         if self.agreement.any(not has_finite_weights(self.network)):
-            raise NonFiniteLoss(f"the weights are no longer finite at update {self.progress.update}")
+            raise self._not_finite(f"the weights are no longer finite at update {self.progress.update}")
         self.progress.skipped = self._skipped_before + int(self.agreement.sum(self.loader.skipped)[0])
         name = f"update-{self.progress.update:08d}" + (f"-epoch-{self.progress.epoch:04d}" if end_of_epoch else "")
         place = self.checkpoints.save(name, None if end_of_epoch else self.loader.position)
         self.report.write_tables()
         self._since += time.perf_counter() - started  # throughput is that of training
         return place
+
+    def _not_finite(self, what: str) -> NonFiniteLoss:
+        place = self.checkpoints.newest
+        return NonFiniteLoss(
+            f"{what}; " + (f"{place} is the last good checkpoint" if place else "nothing was saved yet")
+        )
 
     def _save_and_stop(self) -> Stopped:
         number = self.stop.signal or 15  # in a process that got no signal itself
