@@ -135,7 +135,8 @@ def test_a_resume_with_other_options_is_refused_and_shows_them(finished):
     assert process.returncode == 2
     assert "--epochs: 2 then, 3 now" in process.stderr
     same = train(
-        *PLAIN, "--train-limit", 320, "--epochs", 2, "--ema-decay", 0.9, "--output", output, "--resume", "auto",
+        *PLAIN, "--train-limit", 320, "--epochs", 2, "--ema-decay", 0.9, "--output", output, "--resume",
+        output / "checkpoints" / "last",
         "--keep", 5, "--log-every", 4,
     )  # fmt: skip
     assert same.returncode == 0, same.stderr  # options of the run itself may differ

@@ -61,7 +61,7 @@ def compare(trainer: Any, rounds: int, updates: int) -> dict[str, Any]:
 
     def ours() -> None:
         trainer.update(batches)
-        trainer._look(None)  # as with --log-every 1: the plain loop looks at its loss each time, too
+        trainer.look()  # as with --log-every 1: the plain loop looks at its loss each time, too
 
     rates: dict[str, list[float]] = {"trainer": [], "plain": []}
     for number in range(rounds + 1):

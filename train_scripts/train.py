@@ -84,7 +84,7 @@ def find_start(args: argparse.Namespace, accelerator: Accelerator, folder: Path)
             f"{place} was written with other options; going on would be another training:\n  {lines}\n"
             "Give the same options, or start afresh from its weights: --initial-checkpoint, in another --output"
         )
-    return Path(place)
+    return folder / Path(place).resolve().name  # `last` and `best` are links
 
 
 def build(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest) -> Trainer:

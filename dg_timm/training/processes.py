@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ def make_accelerator(
         raise ValueError(
             f"--report-to {' '.join(sorted(missing))}: not installed; pip install {' '.join(sorted(missing))}"
         )
+    # Accelerate passes torch an argument of DDP that torch calls deprecated
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     return Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,

@@ -144,6 +144,7 @@ class Trainer:
         self._recent: list[Tensor] = []
         self._rates: list[float] = []
         self._since = time.perf_counter()
+        self._must_stop = False
         self._skipped_before = 0  # unreadable images, over all processes, before a resume
         checkpoints.states |= {"schedule": schedule, "progress": self.progress}
 
@@ -199,12 +200,12 @@ class Trainer:
             while self.update(batches):
                 bar.update()
                 if progress.update % plan.log_every == 0:
-                    self._look(bar)
+                    self.look(bar)
                 if self._must_stop:
                     raise self._save_and_stop()
                 if plan.save_every and progress.update % plan.save_every == 0:
                     self._save()
-        self._look(None)
+        self.look()
         if progress.images == 0:
             raise ValueError("the training split has no images (that can be read)")
         if progress.update != (progress.epoch + 1) * total:
@@ -276,7 +277,7 @@ class Trainer:
             self.accelerator.unscale_gradients()
             adaptive_clip_grad(parameters, plan.clip_grad)
 
-    def _look(self, bar: Any) -> None:
+    def look(self, bar: Any = None) -> None:
         """Bring the sums of the last updates to the host, over all processes: all that waits for the device."""
         if not self._recent:
             return
@@ -311,7 +312,7 @@ class Trainer:
 
     def _save(self, end_of_epoch: bool = False) -> Path:
         started = time.perf_counter()
-        self._look(None)
+        self.look()
         # all processes have the same weights, but not the same norm statistics
         if self.agreement.any(not has_finite_weights(self.network)):
             raise self._not_finite(f"the weights are no longer finite at update {self.progress.update}")
