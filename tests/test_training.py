@@ -6,11 +6,11 @@ import torch
 from conftest import FAMILIES
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import dg_timm
 from dg_timm.checkpoint import graph_stages
-from dg_timm.data import TransformedImages, load_splits
+from dg_timm.training.loading import Images, IndexOrder, Loader
+from dg_timm.training.sources import load_splits
 
 SIZE = 32
 
@@ -19,8 +19,14 @@ SIZE = 32
 def digits():
     splits = load_splits("digits")
     transform = timm.data.create_transform((3, SIZE, SIZE), interpolation="bilinear", crop_pct=1.0)
-    loaders = (DataLoader(TransformedImages(rows, transform), len(rows)) for rows in (splits.train, splits.test))
-    return [next(iter(loader)) for loader in loaders]
+    both = []
+    for split in (splits.train, splits.test):
+        loader = Loader(
+            IndexOrder(split.size, split.size), Images(split, transform, splits.label_names), (3, SIZE, SIZE)
+        )
+        (batch,) = loader.epoch(0)
+        both.append((batch.images, batch.labels))
+    return both
 
 
 def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, lr: float) -> None:
