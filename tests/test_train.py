@@ -95,7 +95,7 @@ def test_a_run_reports_itself(finished):
     environment = json.loads((output / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"])
     assert (output / "curves.png").stat().st_size > 5000
-    assert "10/10" in process.stderr  # the bar
+    assert "/10 [" in process.stderr  # the bar
     assert float(summary[1]["train_loss"]) < float(summary[0]["train_loss"])
 
 

@@ -113,6 +113,7 @@ def main() -> int:
         for name in args.models:
             rows.append(validate(name, splits, args, accelerator))
             accelerator.print(json.dumps(rows[-1]), flush=True)
+        accelerator.end_training()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

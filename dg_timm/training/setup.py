@@ -196,12 +196,13 @@ def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     given = {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
     if args.image_size:
         given["input_size"] = (model.in_chans, args.image_size, args.image_size)
-    config: dict[str, Any] = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
     channels = model.in_chans
-    config["input_size"] = (channels, *config["input_size"][1:])
     for key in ("mean", "std"):
         if given[key] is not None and len(given[key]) not in (1, channels):
             raise ValueError(f"--{key} has {len(given[key])} values for {channels} channels")
+    config: dict[str, Any] = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for key in ("mean", "std"):
         if len(config[key]) != channels:
             config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config

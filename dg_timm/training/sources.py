@@ -105,7 +105,7 @@ def load_splits(
                 f"{source} has no {' or '.join(HELD_OUT_SPLITS)} split; name one with --val-split or --val-data"
             )
         kept, aside = _set_aside(train_rows, label, test_fraction, seed, source)
-        whole = _split(train_rows, image, label, names, source)
+        whole = _split(train_rows, image, label, names, train_name)
         return Splits(
             whole.choose(kept), whole.choose(aside, f"{100 * test_fraction:.0f} % of {source}, set aside"), names
         )
