@@ -6,6 +6,7 @@ the identity-converted network. Weights trained as dynamic networks get tags of 
 
 import dataclasses
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +20,10 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
+from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
-from dg_timm import checkpoint
+from dg_timm import checkpoint, download
 from dg_timm.convert import dynamize
 
 VARIANTS = (
@@ -87,27 +89,56 @@ def _create(
     static_filter = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
 
     def build(**model_kwargs: Any) -> nn.Module:
-        static = static_entrypoint(pretrained=False, **model_kwargs)
+        try:
+            static = static_entrypoint(pretrained=False, **model_kwargs)
+        except TypeError as error:
+            if "unexpected keyword argument" in str(error):
+                raise TypeError(
+                    f"{_twin(variant)}: {error}. Its own options are edge_scale and block_shortcut, the others timm's "
+                    f"{variant} takes; a model saved by a newer dg_timm may need that version"
+                ) from error
+            raise
         return dynamize(static, identity=False, edge_scale=edge_scale, block_shortcut=block_shortcut)
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
+    cfg, overlay = kwargs.pop("pretrained_cfg", None), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    named = resolve_pretrained_cfg(_twin(variant), cfg, overlay)
     try:
+        located = download.locate(named.to_dict(), kwargs.get("cache_dir")) if pretrained else {}
         model = build_model_with_cfg(
             build,
             _twin(variant),
             pretrained,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay={**overlay, **located},
             pretrained_filter_fn=_weights_filter(static_filter),
             feature_cfg=feature_cfg,
             **kwargs,
         )
-        model.from_scratch = not pretrained  # type: ignore[assignment]  # a card must not name a source that these weights do not have
-        return model
     except SafetensorError as error:
         raise RuntimeError(
             f"the weights of {_twin(variant)} can't be read: {error}. The safetensors file is truncated or damaged; "
             "fetch it again"
         ) from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to run it
+        raise RuntimeError(
+            f"the weights of {_twin(variant)} are a pickle that holds more than tensors. It was not run, and should "
+            "not be: ask for model.safetensors"
+        ) from error
+    for part in model.modules():  # what a configuration says of its source is what the user named
+        for key in located:
+            _restore(part, key, getattr(named, key))
+    model.from_scratch = not pretrained  # type: ignore[assignment]  # a card must not name a source that these weights do not have
+    return model
+
+
+def _restore(part: nn.Module, key: str, value: Any) -> None:
+    cfg = getattr(part, "pretrained_cfg", None)
+    if isinstance(cfg, dict):
+        cfg.pop(key, None)
+        if value is not None:
+            cfg[key] = value
 
 
 def _weights_filter(static_filter: Any) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:

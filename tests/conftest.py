@@ -3,23 +3,48 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-# Before the first import of huggingface_hub: no test reaches the Hub or leaves a cache behind.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dg-timm-tests-")
-os.environ["HF_HUB_OFFLINE"] = "1"
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+sys.path.insert(0, str(Path(__file__).parent))
+from loopback_hub import DiskRepositories, HubServer, User
+
+# Before the first import of huggingface_hub: no test reaches the Hub or leaves a cache behind. The server answers on
+# the loopback, and only where a test asks for `hub`: the others are offline.
+HF_HOME = Path(tempfile.mkdtemp(prefix="dg-timm-tests-"))
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+WRITER, READER, STRANGER = (f"hf_{name}0000000000000000000000" for name in ("writer", "reader", "stranger"))
+USERS = {
+    WRITER: User("ada", organisations=("lab",)),
+    READER: User("bob", organisations=("lab",), may_write=False),
+    STRANGER: User("eve"),
+}
+_SERVER = HubServer(DiskRepositories(HF_HOME / "repositories", USERS))
+_SERVER.__enter__()
+os.environ |= {
+    "HF_HOME": str(HF_HOME),
+    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": _SERVER.url,
+    "HF_HUB_DISABLE_XET": "1",  # its protocol is not spoken here
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+os.environ.pop("HF_TOKEN", None)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of dependencies, on import
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import evaluate  # noqa: F401
+    import huggingface_hub.constants
     import timm
 
 import dg_timm  # noqa: E402
@@ -39,6 +64,18 @@ FAMILIES = [
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch) -> HubServer:
+    """The loopback Hub, empty, with an empty cache; the user is WRITER (of the organisation ``lab``) and online."""
+    _SERVER.repositories = DiskRepositories(tmp_path / "hub", USERS)
+    _SERVER.requests.clear()
+    _SERVER.faults.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return _SERVER
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -43,7 +43,9 @@ def command(output: Path, processes: int, restarts: int) -> list[str]:
 
 
 def start(output: Path, processes: int, restarts: int = 0) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # restarted ranks otherwise find the addresses of the dead ones in the launcher's store and hang (gloo, torch 2.14)
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **fresh_store}
     with (output.parent / f"{output.name}.log").open("a") as log:
         return subprocess.Popen(
             command(output, processes, restarts), stdout=log, stderr=log, text=True, env=env, start_new_session=True

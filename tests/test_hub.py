@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub
 import pytest
 import timm
 import torch
@@ -19,7 +18,7 @@ def test_round_trip(name, tmp_path):
     )
     labels = ["cat", "dog", "left: a 'quoted' one"]
     folder = dg_timm.save_pretrained(model, tmp_path / "a" / "model", label_names=labels, data_config=data_config)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(dg_timm.hub.FILES)
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
@@ -32,23 +31,6 @@ def test_round_trip(name, tmp_path):
     assert config["label_names"] == labels
     assert "num_classes" not in config.get("model_args", {})
     assert config["dg_timm"] == {"version": dg_timm.__version__}
-
-
-def test_the_card_parses_and_carries_only_measured_results(tmp_path):
-    model = timm.create_model("dg_regnetx_002", num_classes=2)
-    folder = dg_timm.save_pretrained(
-        model, tmp_path / "measured", dataset="digits", accuracy=98.333, training="by hand."
-    )
-    card = huggingface_hub.ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "timm"
-    assert "dg_timm" in card.data.tags
-    (result,) = card.data.eval_results
-    assert (result.dataset_name, result.metric_type, result.metric_value) == ("digits", "accuracy", 98.33)
-    assert card.text.strip().startswith("# Model card for dg_regnetx_002")
-    assert "98.33 %" in card.text
-    assert f"{dg_timm.complexity(model).params / 1e6:.2f} M" in card.text
-    plain = dg_timm.save_pretrained(model, tmp_path / "plain")
-    assert huggingface_hub.ModelCard.load(plain / "README.md").data.eval_results is None
 
 
 def test_a_converted_model_is_saved_under_its_twin(tmp_path):
@@ -70,7 +52,8 @@ def test_refuses_before_it_writes(tmp_path):
             "the zoo has no",
         ),
         (lambda: dg_timm.save_pretrained(model, folder, label_names=["one"]), "1 label_names for a model of 2 classes"),
-        (lambda: dg_timm.save_pretrained(model, folder, accuracy=99.0), "give dataset and accuracy together"),
+        (lambda: dg_timm.Accuracy("digits", 101.0), "an accuracy must be a percentage, got 101.0"),
+        (lambda: dg_timm.save_pretrained(model, folder, max_shard_size="large"), "large"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
@@ -92,8 +75,53 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     model = timm.create_model("dg_resnet18", num_classes=2)
     dg_timm.save_pretrained(model, tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
-    monkeypatch.setattr(dg_timm.hub, "_card", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(dg_timm.hub, "render", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     torch.nn.init.ones_(model.fc.bias)
     with pytest.raises(OSError, match="disk full"):
         dg_timm.save_pretrained(model, tmp_path / "model", overwrite=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+
+
+def test_shards_come_back_and_leave_with_the_next_save(tmp_path):
+    model = randomize_graph(randomize(timm.create_model("dg_regnetx_002", num_classes=3)))
+    folder = dg_timm.save_pretrained(model, tmp_path / "model", max_shard_size="3MB", images=torch.randn(2, 3, 48, 48))
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert (folder / "wiring.png").stat().st_size > 10_000
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert again.pretrained_cfg["source"] == "local-dir"
+    assert "state_dict" not in again.pretrained_cfg
+    (folder / "mine.txt").write_text("mine")
+    dg_timm.save_pretrained(model, folder, overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "mine.txt", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("index", "match"),
+    [
+        ('{"weight_map": {"a": "../../elsewhere.safetensors"}}', "must be a .safetensors file beside its index"),
+        ('{"weight_map": {"a": "model-00009-of-00009.safetensors"}}', "which is not there; copy the whole folder"),
+        ("[]", "is no index of shards"),
+        ("{", "is no index of shards"),
+    ],
+)
+def test_an_index_that_names_what_is_no_shard(tmp_path, index, match):
+    model = timm.create_model("dg_regnetx_002", num_classes=3)
+    folder = dg_timm.save_pretrained(model, tmp_path / "model", max_shard_size="3MB")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=match):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_unknown_and_wrong_options_are_named(tmp_path):
+    folder = dg_timm.save_pretrained(timm.create_model("dg_resnet18", num_classes=2), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for args, error, match in (
+        ({"edge_scal": False}, TypeError, "dg_resnet18: .*'edge_scal'.*edge_scale and block_shortcut"),
+        ({"edge_scale": "no"}, TypeError, "edge_scale must be True or False, got 'no'"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "model_args": args}))
+        with pytest.raises(error, match=match):
+            timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -2,14 +2,17 @@
 
 python train_scripts/complexity.py          # the rows of Table 1
 python train_scripts/complexity.py --all    # the whole zoo, as the Markdown table of the README
+python train_scripts/complexity.py --all --json results/complexity.json
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import timm
 
 import dg_timm
-from dg_timm.complexity import complexity
+from dg_timm.complexity import Complexity, complexity
 
 # model -> DG-Net's parameters and FLOPs in millions, as the paper gives them (Table 1, 224 x 224)
 TABLE_1 = {
@@ -26,7 +29,10 @@ TABLE_1 = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every model of the zoo, not only the rows of Table 1")
-    names = dg_timm.zoo.VARIANTS if parser.parse_args().all else TABLE_1
+    parser.add_argument("--json", type=Path, help="write the exact counts to this file")
+    args = parser.parse_args()
+    rows = []
+    names = dg_timm.zoo.VARIANTS if args.all else TABLE_1
 
     print("| model | static params (M) | DG | paper | static multiply-adds (M) | DG | paper |")
     print("|---|---|---|---|---|---|---|")
@@ -34,10 +40,19 @@ def main() -> None:
         static = complexity(timm.create_model(name, device="meta"), (3, 224, 224))
         dynamic = complexity(timm.create_model(f"dg_{name}", device="meta"), (3, 224, 224))
         params, flops = TABLE_1.get(name, ("", ""))
+        both = {"static": exact(static), "dynamic": exact(dynamic)}
+        rows.append({"model": f"dg_{name}", **both})
         print(
             f"| dg_{name} | {static.params / 1e6:.2f} | {dynamic.params / 1e6:.2f} | {params} "
             f"| {static.multiply_adds / 1e6:.0f} | {dynamic.multiply_adds / 1e6:.0f} | {flops} |"
         )
+    if args.json:
+        result = {"command": "train_scripts/complexity.py --all", "input_size": [3, 224, 224], "models": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def exact(counts: Complexity) -> dict[str, int]:
+    return {"params": counts.params, "multiply_adds": counts.multiply_adds}
 
 
 if __name__ == "__main__":

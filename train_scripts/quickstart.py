@@ -25,6 +25,7 @@ import dg_timm
 from dg_timm.training.evaluation import evaluate_model
 from dg_timm.training.loading import ONE, Images, IndexOrder, Loader, Share
 from dg_timm.training.processes import make_accelerator
+from dg_timm.training.report import hardware
 from dg_timm.training.sources import Splits, load_splits
 
 
@@ -121,6 +122,28 @@ def milliseconds(models: dict[str, nn.Module], images: Tensor, rounds: int = 15)
     return {name: sorted(each[2:])[rounds // 2] for name, each in times.items()}
 
 
+def describe(static: Trained, dynamic: Trained, splits: Splits, args: argparse.Namespace) -> dg_timm.Card:
+    """What the card says of the training, and only what this run measured."""
+    local = Path(args.data)
+    measured = dg_timm.Accuracy(
+        dataset=local.name if local.exists() else args.data,
+        value=dynamic.accuracy,
+        static=static.accuracy,
+        images=splits.test.size,
+        spread="one seed",
+        hub_dataset=args.data if "/" in args.data and not local.exists() else None,
+    )
+    return dg_timm.Card(
+        datasets=[measured.hub_dataset] if measured.hub_dataset else [],
+        made={
+            "Training": f"from scratch, {args.epochs} epochs of AdamW, by `train_scripts/quickstart.py`; a smoke test",
+            "Hardware": hardware(),
+            "Seed": str(args.seed),
+        },
+        accuracies=[measured],
+    )
+
+
 def main() -> None:
     args = parse()
     splits = load_splits(args.data)
@@ -158,9 +181,8 @@ def main() -> None:
         args.output / "model",
         label_names=splits.label_names,
         data_config=data_config,
-        dataset=Path(args.data).name if Path(args.data).exists() else args.data,
-        accuracy=dynamic.accuracy,
-        training=f"from scratch, --epochs {args.epochs}, AdamW, by train_scripts/quickstart.py (seed {args.seed}).",
+        card=describe(static, dynamic, splits, args),
+        images=images[:4],
         overwrite=True,
     )
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

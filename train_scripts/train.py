@@ -12,6 +12,7 @@ update over all processes, so a recipe means the same on one device or many.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from dg_timm.card import Accuracy, Card
 from dg_timm.checkpoint import graph_stages
 from dg_timm.hub import write_config
 from dg_timm.training import arguments
@@ -31,9 +33,10 @@ from dg_timm.training.evaluation import evaluate_model
 from dg_timm.training.models import save_model
 from dg_timm.training.optimization import scaled_lr, split_batch
 from dg_timm.training.processes import Agreement, StopRequest, make_accelerator
-from dg_timm.training.report import Report, Row, graph_statistics
+from dg_timm.training.report import Report, Row, graph_statistics, hardware
 from dg_timm.training.setup import build_network, build_optimization, load_data, make_loader, make_transforms
 from dg_timm.training.trainer import NonFiniteLoss, Plan, Stopped, Trainer
+from dg_timm.version import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
 VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
@@ -170,9 +173,7 @@ def build(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
             output / "model",
             label_names=label_names,
             data_config=network.data_config,
-            dataset=Path(args.data).name if Path(args.data).exists() else args.data,
-            accuracy=float(row["ema_top1" if use_ema else "eval_top1"]),
-            training=describe(args, int(row["epoch"]), epochs, network.random, use_ema),
+            card=describe(args, row, epochs, network.random, use_ema, splits.test.size),
         )
 
     def on_epoch(epoch: int) -> None:
@@ -225,19 +226,31 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest)
     accelerator.print(f"best: {progress.best_metric:.2f} % in epoch {progress.best_epoch}; {output / 'model'} holds it")
 
 
-def describe(args: argparse.Namespace, epoch: int, epochs: int, random: bool, ema: bool) -> str:
-    """A sentence for the card."""
-    source = Path(args.initial_checkpoint or args.model).name if not args.pretrained else "the published weights"
+def describe(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: Optional[int]) -> Card:
+    """What the card says of the training, and only what this run measured."""
+    name = Path(args.data).name if Path(args.data).exists() else args.data
+    source = (
+        "from the published weights" if args.pretrained else f"from {Path(args.initial_checkpoint or args.model).name}"
+    )
     lr = scaled_lr(args.lr, args.batch_size, args.lr_base_batch, args.lr_base_scale)
-    parts = [
-        "from scratch" if random else f"from {source}",
-        f"{epoch} of {epochs} epochs, {args.opt}, learning rate {lr:g}, batch {args.batch_size}",
-        f"seed {args.seed}",
-    ]
+    made = {
+        "Training": f"{'from scratch' if random else source}, by `train_scripts/train.py` of dg_timm {__version__}",
+        "Recipe": f"{Path(args.recipe or 'none').stem}; {row['epoch']} of {epochs} epochs, {args.opt}, "
+        f"learning rate {lr:g}, batch {args.batch_size}" + (", average of the weights" if ema else ""),
+    }
     if args.distill not in (None, "none"):
-        parts.append(f"distilled from {Path(args.distill).name}")
-    parts += ["average of the weights"] if ema else []
-    return ", ".join(parts) + "; by train_scripts/train.py."
+        made["Distilled from"] = Path(args.distill).name
+    made |= {"Hardware": hardware(), "Seed": str(args.seed)}
+    on_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", args.data) and not Path(args.data).exists() else None
+    measured = Accuracy(
+        dataset=name,
+        value=float(row["ema_top1" if ema else "eval_top1"]),
+        split=args.val_split or "validation",
+        images=images,
+        spread="one seed, the best epoch on these images",
+        hub_dataset=on_hub,
+    )
+    return Card(datasets=[on_hub] if on_hub else [], made=made, accuracies=[measured])
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from dg_timm import zoo
+from dg_timm.card import Card
 from dg_timm.checkpoint import graph_stages, is_static, routers
 from dg_timm.hub import save_pretrained, write_config
 
@@ -217,10 +218,10 @@ def load_weights(model: nn.Module, file: Path) -> None:
     model.load_state_dict(load_file(file))
 
 
-def save_model(model: nn.Module, folder: Path, **card: Any) -> None:
+def save_model(model: nn.Module, folder: Path, card: Card, **config: Any) -> None:
     """Write a network in Hub layout: as :func:`dg_timm.save_pretrained`; a static one without a card."""
     if graph_stages(model):
-        save_pretrained(model, folder, overwrite=True, **card)
+        save_pretrained(model, folder, overwrite=True, card=card, **config)
         return
     folder.mkdir(parents=True, exist_ok=True)  # a static network's card is timm's business
     beside = folder / ".saving"
@@ -228,7 +229,7 @@ def save_model(model: nn.Module, folder: Path, **card: Any) -> None:
     beside.mkdir()
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    write_config(model, beside / "config.json", label_names=card["label_names"], data_config=card["data_config"])
+    write_config(model, beside / "config.json", **config)
     for file in beside.iterdir():
         file.replace(folder / file.name)
     beside.rmdir()

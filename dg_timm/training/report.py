@@ -99,6 +99,13 @@ def graph_statistics(model: nn.Module, images: Tensor) -> Row:
     return row
 
 
+def hardware() -> str:
+    """The device in words, for a card."""
+    if torch.accelerator.is_available() and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions, commit, hardware and command; nothing of the environment's variables, which may hold secrets."""
     cuda = accelerator.device.type == "cuda"

@@ -3,7 +3,8 @@
     python tests/timm_suite/run.py [MODEL ...] [-- PYTEST_ARGUMENT ...]
 
 Without a MODEL, all of the registry. No test of these models is left out: the pretrained ones download from a loopback
-server (``hub.py``) that stands in for the Hub. timm's timeouts apply; ``TIMEOUT`` (seconds) replaces those that it can.
+server (``tests/loopback_hub``) that stands in for the Hub. timm's timeouts apply; ``TIMEOUT`` (seconds) replaces those
+that it can.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from hub import HubServer, StaticTimmModels
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from loopback_hub import HubServer, StaticTimmModels  # noqa: E402
+
 CACHE = ROOT / ".cache" / "timm-sdist"
 
 # Variables that change what timm's file selects, what pytest runs of it, or where weights come from
