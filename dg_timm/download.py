@@ -24,6 +24,8 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _PICKLE = "pytorch_model.bin"  # timm reads it with weights_only=True: tensors, and nothing that could run
 _ATTEMPTS = 3
+# what the client raises when a connection breaks: of the HTTP library that its release is built on
+_TRANSPORT: tuple[type[Exception], ...] = (HfHubHTTPError.__mro__[1], OSError)
 _log = logging.getLogger(__name__)
 
 Folder = Union[str, Path]
@@ -92,24 +94,28 @@ class _Repository:
 
     def download(self, name: str) -> Path:
         """The file in the cache, whose content has the SHA-256 that the Hub gave for it."""
-        for attempt in range(1, _ATTEMPTS + 1):
+        failure = ""
+        for attempt in range(_ATTEMPTS):
+            time.sleep(attempt)
             try:
                 file = self._fetch(name)
-            except HfHubHTTPError as error:
-                if isinstance(error, EntryNotFoundError) or error.response.status_code < 500 or attempt == _ATTEMPTS:
+            except EntryNotFoundError:
+                raise
+            except _TRANSPORT as error:
+                if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                     raise
-                _log.warning("%s: status %d for %s; trying again", self, error.response.status_code, name)
-                time.sleep(attempt)
-                continue
-            if _is_sound(file):
-                return file
-            file.resolve().unlink()
-            file.unlink(missing_ok=True)
-            _log.warning("%s: %s does not have the SHA-256 that the Hub gives for it; trying again", self, name)
-        raise OSError(
-            f"{name} of {self} was downloaded {_ATTEMPTS} times and never had the SHA-256 that the Hub gives for it. "
-            "It was deleted from the cache; a proxy or mirror on the way changes it, or the repository is damaged"
-        )
+                failure = str(error)
+            else:
+                if _is_sound(file):
+                    return file
+                file.resolve().unlink()
+                file.unlink(missing_ok=True)
+                failure = (
+                    "its content does not have the SHA-256 that the Hub gives for it; a proxy or mirror on the way "
+                    "changes it, or the repository is damaged. Nothing of it is kept"
+                )
+            _log.warning("%s of %s, attempt %d of %d: %s", name, self, attempt + 1, _ATTEMPTS, failure)
+        raise OSError(f"{name} of {self} could not be downloaded in {_ATTEMPTS} attempts: {failure}")
 
     def _fetch(self, name: str) -> Path:
         path = hf_hub_download(
@@ -140,7 +146,7 @@ def _is_sound(file: Path) -> bool:
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards: {error!r}") from error
     outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     if outside:

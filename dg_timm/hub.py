@@ -18,6 +18,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     save_torch_state_dict,
+    split_torch_state_dict_into_shards,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -76,6 +77,9 @@ def save_pretrained(
         raise ValueError(
             f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class"
         )
+    split_torch_state_dict_into_shards(
+        model.state_dict(), max_shard_size=max_shard_size
+    )  # raises for a size that is none
     folder = Path(folder)
     existing = _files_in(folder)
     if existing and not overwrite:

@@ -6,7 +6,6 @@ the identity-converted network. Weights trained as dynamic networks get tags of 
 
 import dataclasses
 import inspect
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -120,11 +119,6 @@ def _create(
         raise RuntimeError(
             f"the weights of {_twin(variant)} can't be read: {error}. The safetensors file is truncated or damaged; "
             "fetch it again"
-        ) from error
-    except pickle.UnpicklingError as error:  # torch's own message advises to run it
-        raise RuntimeError(
-            f"the weights of {_twin(variant)} are a pickle that holds more than tensors. It was not run, and should "
-            "not be: ask for model.safetensors"
         ) from error
     for part in model.modules():  # what a configuration says of its source is what the user named
         for key in located:

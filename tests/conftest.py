@@ -66,7 +66,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(tmp_path, monkeypatch) -> HubServer:
     """The loopback Hub, empty, with an empty cache; the user is WRITER (of the organisation ``lab``) and online."""
     _SERVER.repositories = DiskRepositories(tmp_path / "hub", USERS)

@@ -15,7 +15,7 @@ TRAINING = [
     "sources", "loading", "metrics", "models", "optimization", "objective", "processes", "evaluation", "checkpoints",
     "report", "trainer", "arguments", "setup", "dry_run", "__init__",
 ]  # fmt: skip
-EXTRAS = {"matplotlib", "networkx", "accelerate", "datasets", "evaluate", "sklearn", "yaml", "psutil"}
+EXTRAS = {"matplotlib", "networkx", "accelerate", "datasets", "evaluate", "sklearn", "psutil"}
 
 
 def imported(file: Path) -> set[str]:

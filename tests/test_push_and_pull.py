@@ -209,7 +209,7 @@ def test_an_edited_card_is_published_as_it_was_edited(hub, tmp_path):
 
 @pytest.mark.parametrize("repo_id", ["../../etc/passwd", "lab/../net", "lab//net", "a/b/c", "lab/net@main", "net", ""])
 def test_a_repository_id_that_is_none(hub, repo_id):
-    with pytest.raises(ValueError, match="is no repository id|names no owner"):
+    with pytest.raises(ValueError, match=r"is no repository id|names no owner"):
         dg_timm.push_to_hub(small(), repo_id)
     assert not hub.requests
 

@@ -4,9 +4,10 @@
     python train_scripts/publish.py output/train/model your-name/my-network --images path/to/pictures --private
     python train_scripts/publish.py dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
 
-The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's weights,
-converted, with the card that hub_cards/ has for it. Nothing but the files listed is sent, in one commit, and none where
-the repository holds the same already. The token is that of `hf auth login` or HF_TOKEN; it is never printed or stored.
+The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
+weights, converted, with the card that hub_cards/ has for it. Nothing but the files listed is sent, in one commit, and
+none where the repository holds the same already. The token is that of `hf auth login` or HF_TOKEN; it is never printed
+or stored.
 """
 
 import argparse
@@ -14,13 +15,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import dg_timm
 from dg_timm.hub import README, draw, planned_files, push_folder
@@ -70,7 +71,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> Path:
-    """The folder to publish: the user's own, untouched, or a copy of it with the picture, or one made for a zoo model."""
+    """The folder to publish: the user's own, a copy of it with the picture, or one made for a model of the zoo."""
     source = Path(args.source)
     if source.is_dir():
         folder = source / "model" if not (source / README).exists() and (source / "model").is_dir() else source
@@ -81,16 +82,17 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Path:
         scratch.mkdir()
         for name in planned_files(folder, args.repo_id):
             shutil.copy(folder / name, scratch)
-        model = timm.create_model(f"local-dir:{scratch}", pretrained=True)
-        draw(model, read_images(args.images, model), scratch)
+        trained = timm.create_model(f"local-dir:{scratch}", pretrained=True)
+        draw(trained, read_images(args.images, trained), scratch)
         return scratch
     if not args.source.startswith("dg_") or not timm.is_model(args.source.partition(".")[0]):
         raise ValueError(f"{args.source} is neither a folder nor a model of the zoo (timm.list_models('dg_*'))")
     if args.images is not None:
         raise ValueError("--images: a converted network has the same wiring for every image; leave it out")
-    name = args.source if "." in args.source else f"{args.source}.{timm.get_pretrained_cfg(args.source).tag}"
+    tag = timm.get_pretrained_cfg_value(args.source, "tag")
+    name = args.source if "." in args.source else f"{args.source}.{tag}"
     card = dg_timm.Card.read(args.card or find_card(name), name)
-    model = timm.create_model(name, pretrained=True)
+    model: Any = timm.create_model(name, pretrained=True)
     return dg_timm.save_pretrained(
         model,
         scratch,
@@ -107,7 +109,7 @@ def find_card(name: str) -> Path:
     raise ValueError(f"hub_cards/ has no card for {name}; add it to the `models` of one, or give --card")
 
 
-def read_images(folder: Path, model: nn.Module) -> Tensor:
+def read_images(folder: Path, model: Any) -> Tensor:
     files = sorted(p for p in folder.glob("**/*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not files:
         raise ValueError(f"--images {folder} holds no picture (jpg, png, webp)")

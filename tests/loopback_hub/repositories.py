@@ -79,10 +79,11 @@ class DiskRepositories:
     Args:
         folder: ``objects/<sha256>`` holds the contents, ``<owner>/<name>.json`` a repository.
         users: by their token. Anyone may read what is public.
+        others: repositories that can be downloaded from besides.
     """
 
-    def __init__(self, folder: Path, users: Mapping[str, User]) -> None:
-        self.folder, self.users = folder, dict(users)
+    def __init__(self, folder: Path, users: Mapping[str, User], others: Optional[Repositories] = None) -> None:
+        self.folder, self.users, self.others = folder, dict(users), others
         self._lock = threading.RLock()
         (folder / "objects").mkdir(parents=True, exist_ok=True)
 
@@ -134,6 +135,8 @@ class DiskRepositories:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def file(self, repo_id: str, revision: str, name: str, token: Optional[str]) -> tuple[HubFile, str]:
+        if self.others is not None and not self._path(repo_id).exists():
+            return self.others.file(repo_id, revision, name, token)
         commit, files = self.tree(repo_id, revision, token)
         if name not in files:
             raise not_found("EntryNotFound", f"{repo_id} has no {name} at {revision}")
