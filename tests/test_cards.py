@@ -72,9 +72,7 @@ def unfounded(text: str, name: str) -> list[str]:
             known |= {str(value), f"{value / 1e6:.2f}", f"{value / 1e6:.1f}"}
         known |= set(re.findall(r"\d[\d.]*", str(result.get("hardware", ""))))
     cfg = timm.get_pretrained_cfg(name)
-    known |= {str(number) for number in (*cfg.input_size, cfg.num_classes)} | set(
-        re.findall(r"\d+", dg_timm.__version__)
-    )
+    known |= {str(number) for number in (*cfg.input_size, cfg.num_classes)} | {dg_timm.__version__}
     prose = re.sub(r"(?s)```.*?```", "", text)  # code and BibTeX
     prose = re.sub(r"`[^`]*`|\]\([^)]*\)|\[timm/[^\]]*\]", "", prose)
     prose = re.sub(rf"{re.escape(architecture)}|{re.escape(architecture.removeprefix('dg_'))}(\.\w+)?", "", prose)
@@ -272,7 +270,8 @@ def test_publish_a_folder_with_pictures(publish, hub, tmp_path):
     assert hub.repositories.log("lab/mine")[0] == "first"
     assert hub.repositories.info("lab/mine", WRITER)["private"]
     assert "![The edges of each stage](wiring.png)" in huggingface_hub.ModelCard.load("lab/mine").content
-    assert Image.open(huggingface_hub.hf_hub_download("lab/mine", "wiring.png")).width > 200
+    with Image.open(huggingface_hub.hf_hub_download("lab/mine", "wiring.png")) as picture:
+        assert picture.width > 200
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
