@@ -149,10 +149,11 @@ def render(
     Args:
         model: a dynamic graph network.
         config: content of its config.json.
-        name: of the network on the card; by default its architecture.
+        name: of the network on the card; by default its architecture, with the tag of converted weights.
     """
     cfg = config["pretrained_cfg"]
     architecture = config["architecture"]
+    name = name or (f"{architecture}.{cfg['tag']}" if card.converted and cfg.get("tag") else architecture)
     size = tuple(cfg["input_size"])
     options = {k: v for k, v in config.get("model_args", {}).items() if k not in ("edge_scale", "block_shortcut")}
     static_name = architecture.removeprefix("dg_")
@@ -166,13 +167,13 @@ def render(
         datasets=list(card.datasets) or None,
         metrics=["accuracy"] if card.accuracies else None,
         base_model=card.base_model,
-        model_name=name or architecture,
+        model_name=name,
         eval_results=[_eval_result(measured) for measured in card.accuracies] or None,
     )
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(),
-        name=name or architecture,
+        name=name,
         architecture=architecture,
         static_name=static_name,
         card=card,

@@ -52,7 +52,7 @@ def load(transformers, *args, **kwargs):
 
 
 def same_network(theirs, ours):
-    """Every tensor to the bit; logits to rounding: a mapped file lies otherwise in memory, and kernels round by that."""
+    """Every tensor to the bit; logits to rounding: mapped files lie otherwise in memory, and kernels round by that."""
     found = theirs.timm_model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in ours.state_dict().items())
     with torch.inference_mode():
@@ -262,7 +262,7 @@ print(len(ours), len(static))
     reason="TIMM_SOURCE names no clone of timm: train.py and validate.py are in its repository only",
 )
 def test_timms_train_and_validate(tmp_path):
-    """train.py takes ``--device-modules dg_timm``; validate.py has no such option yet and is started after the import."""
+    """train.py takes ``--device-modules dg_timm``; validate.py has no such option yet and starts after the import."""
     from PIL import Image
 
     source = Path(os.environ["TIMM_SOURCE"])
