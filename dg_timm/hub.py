@@ -90,9 +90,7 @@ def save_pretrained(
         beside = Path(scratch)
         save_torch_state_dict(model.state_dict(), beside, max_shard_size=max_shard_size)
         config = write_config(model, beside / CONFIG, label_names=label_names, data_config=data_config)
-        known = card or Card()
-        if known.base_model is None and not getattr(model, "from_scratch", False):
-            known = known.based_on(getattr(model, "pretrained_cfg", {}).get("hf_hub_id"))
+        known = _with_base_model(card or Card(), model)
         render(model, config, known).save(beside / README)
         if images is not None:
             draw(model, images, beside, known.converted)
@@ -104,6 +102,18 @@ def save_pretrained(
     for name in set(existing) - set(written):  # shards and a picture of an earlier save
         (folder / name).unlink()
     return folder
+
+
+def _with_base_model(card: Card, model: nn.Module) -> Card:
+    """Name the repository that the weights were loaded from; a file or a bare network has none that is known."""
+    if card.base_model is not None:
+        return card
+    source = getattr(model, "weights_from", None)
+    if source is None and card.converted:
+        source = getattr(model, "pretrained_cfg", {}).get("hf_hub_id")
+        if source is None:
+            raise ValueError("the card says that these weights are converted; name their repository (base_model)")
+    return card.based_on(source)
 
 
 def draw(model: nn.Module, images: Tensor, folder: Path, converted: bool = False) -> None:
@@ -125,7 +135,8 @@ def write_config(
     architecture, model_args = _name_and_options(model) if dynamic else (None, {})
     if label_names is None:  # of the configuration that it was loaded with, while the classes are still those
         known = getattr(model, "pretrained_cfg", {}).get("label_names")
-        label_names = known if known and len(known) == getattr(model, "num_classes", None) else None
+        kept = isinstance(known, (list, tuple)) and len(known) == getattr(model, "num_classes", None)
+        label_names = known if kept else None
     save_config_for_hf(
         model,
         str(file),

@@ -123,7 +123,9 @@ def _create(
     for part in model.modules():  # what a configuration says of its source is what the user named
         for key in located:
             _restore(part, key, getattr(named, key))
-    model.from_scratch = not pretrained  # type: ignore[assignment]  # a card must not name a source that these weights do not have
+    # a card must not name a source that these weights do not have
+    model.from_scratch = not pretrained  # type: ignore[assignment]
+    model.weights_from = named.hf_hub_id if located and named.source != "local-dir" else None  # type: ignore[assignment]
     return model
 
 

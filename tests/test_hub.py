@@ -48,7 +48,7 @@ def test_refuses_before_it_writes(tmp_path):
     for call, match in (
         (lambda: dg_timm.save_pretrained(timm.create_model("resnet18"), folder), "is a static network"),
         (
-            lambda: dg_timm.save_pretrained(dg_timm.dynamize(timm.create_model("convnext_atto")), folder),
+            lambda: dg_timm.save_pretrained(dg_timm.dynamize(timm.create_model("convnext_femto")), folder),
             "the zoo has no",
         ),
         (lambda: dg_timm.save_pretrained(model, folder, label_names=["one"]), "1 label_names for a model of 2 classes"),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.task.distillation import DistillationTeacher
 
+import dg_timm
 from dg_timm.checkpoint import routers
 from dg_timm.training import models
 from dg_timm.training.loading import Batch
@@ -214,7 +215,7 @@ def static_weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("static")
     torch.manual_seed(0)
     model = timm.create_model("regnetx_002", num_classes=7)
-    models.save_model(model, folder, label_names=[f"class {k}" for k in range(7)], data_config={})
+    models.save_model(model, folder, dg_timm.Card(), label_names=[f"class {k}" for k in range(7)], data_config={})
     return folder, model.eval()
 
 

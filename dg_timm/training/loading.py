@@ -5,10 +5,12 @@ change neither. The main process of every rank draws up batches of keys (with th
 workers decode and augment what the keys name.
 """
 
+import atexit
 import queue
 import random
 import signal
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -302,10 +304,26 @@ class _Collate:
         )
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # A scheduler and Ctrl-C signal the whole process group; the main process still needs batches to stop in good order.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _signals_left_to_this_process() -> Iterator[None]:
+    """Processes started inside inherit SIGTERM and SIGINT blocked, from their first instruction on.
+
+    A scheduler and Ctrl-C signal the whole process group, and this process still needs batches to stop in good order.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no groups to signal
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close(loader: "weakref.ref[Loader]") -> None:
+    left = loader()
+    if left is not None:
+        left.close()
 
 
 class _Keys:
@@ -358,14 +376,23 @@ class Loader:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # of its own: drawing from torch's would make a resume another run
         )
+        # Python ends what is left of them with SIGTERM, which they don't hear, and would wait for ever
+        atexit.register(_close, weakref.ref(self))
+
+    def close(self) -> None:
+        """End the workers; a later epoch needs another Loader."""
+        running = self._loader._iterator
+        if running is not None:
+            running._shutdown_workers()  # type: ignore[attr-defined]
 
     def epoch(self, epoch: int, position: Optional[Position] = None) -> Iterator[Batch]:
         """The batches of an epoch, from ``position`` on."""
         self._keys.epoch, self._keys.start, self.position = epoch, position, position
-        for batch in self._loader:
+        with _signals_left_to_this_process():
+            batches = iter(self._loader)
+        for batch in batches:
             self.position = self._keys.positions.popleft()
             if batch.faults:
                 raise ValueError("; ".join(batch.faults[:8]))
