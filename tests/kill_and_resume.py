@@ -88,7 +88,7 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
     else:
         while process.poll() is None and time.monotonic() < deadline and not list(checkpoints.glob("update-*")):
             time.sleep(0.01)
-        time.sleep(rng.random() * 6)
+        time.sleep(rng.random() * 3)
     if process.poll() is not None:
         return "ended before it was hit"
     ranks = trainers(process)
