@@ -116,25 +116,42 @@ class Card:
         """
         file = Path(file)
         try:
-            source = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
+            source = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no YAML: {error}") from error
         if not isinstance(source, dict) or not isinstance(source.get("models"), list):
             raise ValueError(f"{file} must be a mapping with `models`, a list of the models that it is for")
         if model not in source.pop("models"):
             raise ValueError(f"{file} has no card for {model}; add it to its `models`")
-        architecture = model.partition(".")[0]
-        for result in source.pop("results", []):
-            measured = json.loads((file.parent / result).read_text())
-            for key, row_type in (("accuracies", Accuracy), ("times", InferenceTime)):
-                rows = [dict(row) for row in measured.get(key, ()) if row["model"] in (architecture, model)]
-                shared = {k: v for k, v in measured.items() if k in {f.name for f in dataclasses.fields(row_type)}}
-                made = [row_type(**{**shared, **{k: v for k, v in row.items() if k != "model"}}) for row in rows]
-                source[key] = [*source.get(key, ()), *made]
-        unknown = set(source) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"{file} has the unknown field {', '.join(sorted(unknown))}; see dg_timm.card.Card")
-        return cls(**source)
+        results = source.pop("results", [])
+        for name, value in source.items():
+            if name not in _SOURCE_TYPES:
+                raise ValueError(f"{file} has the unknown field {name}; it may have {', '.join(_SOURCE_TYPES)}")
+            if not isinstance(value, _SOURCE_TYPES[name]):
+                raise ValueError(f"{file}: {name} must be a {_SOURCE_TYPES[name].__name__}, got {value!r}")
+        if not isinstance(results, list):
+            raise ValueError(f"{file}: results must be a list of JSON files, got {results!r}")
+        rows: dict[str, list[Any]] = {"accuracies": [], "times": []}
+        for result in results:
+            measured = json.loads((file.parent / result).read_text(encoding="utf-8"))
+            rows["accuracies"] += _rows(measured, "accuracies", Accuracy, model)
+            rows["times"] += _rows(measured, "times", InferenceTime, model)
+        return cls(accuracies=rows["accuracies"], times=rows["times"], **source)
+
+
+# of the fields of a source file; figures come from its `results` alone
+_SOURCE_TYPES: dict[str, type] = {
+    "summary": str, "converted": bool, "license": str, "datasets": list, "base_model": str, "made": dict, "limits": str,
+    "citation": str,
+}  # fmt: skip
+
+
+def _rows(measured: Mapping[str, Any], key: str, row_type: Any, model: str) -> list[Any]:
+    """Rows of a results file that are of this model, with what the file says once for all of them."""
+    fields = {f.name for f in dataclasses.fields(row_type)}
+    shared = {name: value for name, value in measured.items() if name in fields}
+    mine = [row for row in measured.get(key, ()) if row.get("model") in (model, model.partition(".")[0])]
+    return [row_type(**shared, **{name: value for name, value in row.items() if name != "model"}) for row in mine]
 
 
 def render(
@@ -172,7 +189,7 @@ def render(
     )
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE.read_text(),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
         architecture=architecture,
         static_name=static_name,
@@ -184,7 +201,7 @@ def render(
         static=complexity(static, size),
         size=size,
         num_classes=config["num_classes"],
-        labels=config.get("label_names"),
+        labels=[" ".join(label.split()) for label in config.get("label_names") or ()],
         version=config["dg_timm"]["version"],
     )
 

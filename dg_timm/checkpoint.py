@@ -31,6 +31,17 @@ def is_static(state_dict: Iterable[str]) -> bool:
     return not any(_GRAPH_KEY.search(key) for key in state_dict)
 
 
+def is_identity(model: nn.Module) -> bool:
+    """Whether every stage is the static one: the chain at weight 1, every other edge at 0, for every image."""
+    return all(
+        router.scale is not None
+        and float(router.scale[0].detach()) == 2.0
+        and not bool(router.scale[1:].any())
+        and not bool(router.fc.weight.any() or router.fc.bias.any())
+        for router in routers(model).values()
+    )
+
+
 def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a static state dict into that of the identity-converted ``model``; any other comes back as it is.
 

@@ -1,4 +1,4 @@
-"""Save a dynamic graph network in Hub layout, publish it, and know what of a folder is published.
+"""Save a dynamic graph network in Hub layout.
 
 What is written here, ``timm.create_model("local-dir:...")`` and ``("hf-hub:...")`` read back, and transformers too.
 """
@@ -8,35 +8,28 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import timm
 from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
     save_torch_state_dict,
     split_torch_state_dict_into_shards,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from timm.models import is_model
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dg_timm.card import PICTURE, Card, render, with_address, with_picture
-from dg_timm.checkpoint import graph_stages
+from dg_timm.card import PICTURE, Card, render, with_picture
+from dg_timm.checkpoint import check_fit, graph_stages, is_identity, routers
 from dg_timm.introspect import adjacency, require_dynamic
 from dg_timm.version import __version__
 from dg_timm.wiring import draw_wiring
 
 CONFIG, README = "config.json", "README.md"
-# everything that save_pretrained may write; nothing else of a folder is ever replaced or published
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-_OURS = re.compile(rf"{_WEIGHTS.pattern}|{re.escape(CONFIG)}|{re.escape(README)}|{re.escape(PICTURE)}")
+# everything that save_pretrained may write; nothing else of a folder is ever replaced, or published
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OURS = re.compile(rf"{WEIGHT_FILES.pattern}|{re.escape(CONFIG)}|{re.escape(README)}|{re.escape(PICTURE)}")
 
 Folder = Union[str, "os.PathLike[str]"]
 
@@ -69,19 +62,9 @@ def save_pretrained(
         ValueError: if the model is static, has no name that timm could load it back by, or the labels don't fit.
         FileExistsError: if the folder holds one of the files and ``overwrite`` is False.
     """
-    _name_and_options(model)  # raises where timm could not load the folder back
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is None:
-        raise ValueError(f"{type(model).__name__} is a feature extractor; save the whole model (features_only=False)")
-    if label_names is not None and len(label_names) != num_classes:
-        raise ValueError(
-            f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class"
-        )
-    split_torch_state_dict_into_shards(
-        model.state_dict(), max_shard_size=max_shard_size
-    )  # raises for a size that is none
+    _check_savable(model, label_names, max_shard_size, card)
     folder = Path(folder)
-    existing = _files_in(folder)
+    existing = files_in(folder)
     if existing and not overwrite:
         raise FileExistsError(f"{folder} holds {', '.join(existing)} already; pass overwrite=True or another folder")
 
@@ -90,18 +73,65 @@ def save_pretrained(
         beside = Path(scratch)
         save_torch_state_dict(model.state_dict(), beside, max_shard_size=max_shard_size)
         config = write_config(model, beside / CONFIG, label_names=label_names, data_config=data_config)
+        try:
+            check_fit(built_from(config), model.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"timm could not load this model back, and nothing was saved: {error}") from error
         known = _with_base_model(card or Card(), model)
         render(model, config, known).save(beside / README)
         if images is not None:
             draw(model, images, beside, known.converted)
         mode = (beside / CONFIG).stat().st_mode
-        written = _files_in(beside)
+        written = files_in(beside)
         for name in written:
             (beside / name).chmod(mode)  # safetensors makes its files private
             os.replace(beside / name, folder / name)
-    for name in set(existing) - set(written):  # shards and a picture of an earlier save
-        (folder / name).unlink()
+    for name in set(existing) - set(written):
+        if WEIGHT_FILES.fullmatch(name):  # of an earlier save, which would be taken for this one
+            (folder / name).unlink()
     return folder
+
+
+def _check_savable(
+    model: nn.Module, label_names: Optional[Sequence[str]], max_shard_size: Union[int, str], card: Optional[Card]
+) -> None:
+    for wrapped in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and the average of weights
+        if isinstance(getattr(model, wrapped, None), nn.Module):
+            raise ValueError(f"{type(model).__name__} wraps the network; save what is inside: model.{wrapped}")
+    _name_and_options(model)  # raises where timm could not load the folder back
+    num_classes = getattr(model, "num_classes", None)
+    if not num_classes:
+        what = "has no classifier (model.reset_classifier(n))" if num_classes == 0 else "is a feature extractor"
+        raise ValueError(f"this {type(model).__name__} {what}; save the whole model")
+    if label_names is not None:
+        if isinstance(label_names, str) or not isinstance(label_names, Sequence):
+            raise TypeError(f"label_names must be a list of names, got {type(label_names).__name__}")
+        for name in label_names:
+            if not isinstance(name, str):
+                raise TypeError(f"label_names must be strings, got {name!r}")
+        if len(label_names) != num_classes:
+            raise ValueError(
+                f"{len(label_names)} label_names for a model of {num_classes} classes; give one for each class"
+            )
+    if any(router.fixed_threshold is not None for router in routers(model).values()):
+        raise ValueError(
+            "set_threshold is in force and is not saved: the saved network would run with its learned thresholds. "
+            "set_threshold(model, None) first"
+        )
+    if card is not None and card.converted and not is_identity(model):
+        raise ValueError("the card says that these weights are converted, but the graph is not the identity any more")
+    try:
+        if isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise ValueError("it must be positive")
+        split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=max_shard_size)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'max_shard_size is bytes or for example "500MB", got {max_shard_size!r}: {error}') from error
+
+
+def built_from(config: Mapping[str, Any]) -> nn.Module:
+    """The network that a config.json describes, on the meta device: names and shapes only."""
+    options = {"in_chans": config["pretrained_cfg"]["input_size"][0], "num_classes": config["num_classes"]}
+    return timm.create_model(config["architecture"], device="meta", **{**config.get("model_args", {}), **options})
 
 
 def _with_base_model(card: Card, model: nn.Module) -> Card:
@@ -144,15 +174,15 @@ def write_config(
         model_args=model_args,
         data_config=dict(data_config or {}),
     )
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     config["architecture"] = architecture or config["architecture"]
     config["pretrained_cfg"].pop("label_names", None)  # they are at the root
-    if getattr(model, "from_scratch", False):  # nothing of the configuration's source is in these weights
+    if getattr(model, "from_scratch", dynamic):  # of weights that timm did not load for us, nothing is known
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"):
             config["pretrained_cfg"].pop(key, None)
     # transformers passes num_classes itself and fails on a second one; timm reads it at the root
     config.get("model_args", {}).pop("num_classes", None)
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
 
@@ -171,198 +201,6 @@ def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
     return architecture, options
 
 
-# -- publishing ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Publication:
-    """What a publish did.
-
-    Attributes:
-        repo_id: of the repository.
-        url: of the commit, or of the pull request.
-        commit: its 40 hexadecimal digits; if nothing changed, the one that was there.
-        changed: False if the repository held the same content already; there is no new commit then.
-        files: names of what the repository holds of this network.
-    """
-
-    repo_id: str
-    url: str
-    commit: str
-    changed: bool
-    files: tuple[str, ...]
-
-
-def push_to_hub(
-    model: nn.Module,
-    repo_id: str,
-    *,
-    private: Optional[bool] = None,
-    revision: Optional[str] = None,
-    create_pr: bool = False,
-    commit_message: Optional[str] = None,
-    token: Union[str, bool, None] = None,
-    **saving: Any,
-) -> Publication:
-    """Save a network (see :func:`save_pretrained` for ``**saving``) and publish it on the Hub.
-
-    Args:
-        model: as for :func:`save_pretrained`.
-        repo_id: "owner/name"; made if missing.
-        private, revision, create_pr, commit_message, token: see :func:`push_folder`.
-    """
-    _check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = save_pretrained(model, Path(scratch) / "model", **saving)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            token=token,
-        )
-
-
-def push_folder(
-    folder: Folder,
-    repo_id: str,
-    *,
-    private: Optional[bool] = None,
-    revision: Optional[str] = None,
-    create_pr: bool = False,
-    commit_message: Optional[str] = None,
-    token: Union[str, bool, None] = None,
-) -> Publication:
-    """Publish a folder that :func:`save_pretrained` wrote: what :func:`planned_files` lists, in one commit.
-
-    The same content makes no new commit. Of what the repository holds already, only weights in our layout that the
-    folder no longer has (shards of an earlier publication) are deleted.
-
-    Args:
-        folder: complete and sound, or nothing is sent.
-        repo_id: "owner/name"; made if missing.
-        private: True makes a private repository, and refuses one that exists and is public. None: as it is, or public.
-        revision: branch to commit to, made from ``main`` if missing; by default ``main``.
-        create_pr: open a pull request instead, for a repository of others.
-        commit_message: by default the network's name and the version of dg_timm.
-        token: of the Hub; by default that of ``hf auth login`` or ``HF_TOKEN``.
-
-    Raises:
-        ValueError: if the folder is incomplete or damaged, the id is none, or a private network would become public.
-        HfHubHTTPError: if the Hub refuses; its message says what to do.
-    """
-    _check_repo_id(repo_id)
-    contents = planned_files(folder, repo_id)
-    architecture = json.loads((Path(folder) / CONFIG).read_text())["architecture"]
-    api = HfApi(token=token, library_name="dg_timm", library_version=__version__)
-    try:
-        _prepare_repository(api, repo_id, private, revision, create_pr)
-        before = api.model_info(repo_id, revision=revision)
-        stale = [
-            file.rfilename
-            for file in before.siblings or ()
-            if _WEIGHTS.fullmatch(file.rfilename) and file.rfilename not in contents
-        ]
-        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        commit = api.create_commit(
-            repo_id,
-            [*operations, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=commit_message or f"{architecture}, saved by dg_timm {__version__}",
-            revision=revision,
-            create_pr=create_pr,
-        )
-    except HfHubHTTPError as error:
-        error.append_to_message(_advice(error, repo_id))
-        raise
-    return Publication(
-        repo_id, commit.pr_url or str(commit.commit_url), commit.oid, commit.oid != before.sha, tuple(contents)
-    )
-
-
-def planned_files(folder: Folder, repo_id: str) -> dict[str, Union[str, bytes]]:
-    """What a publication of this folder sends: name in the repository -> path, or content where it differs.
-
-    Raises:
-        ValueError: if a file is missing, damaged, or not of a network that dg_timm can load.
-    """
-    folder = Path(folder)
-    names = _files_in(folder)
-    missing = [name for name in (CONFIG, README) if name not in names]
-    if missing or not any(_WEIGHTS.fullmatch(name) for name in names):
-        missing = missing or ["model.safetensors"]
-        raise ValueError(f"{folder} has no {' and no '.join(missing)}; give a folder that save_pretrained wrote")
-    try:
-        architecture = json.loads((folder / CONFIG).read_text()).get("architecture", "")
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from error
-    if not (architecture.startswith("dg_") and is_model(architecture)):
-        raise ValueError(f"{folder / CONFIG} names the architecture {architecture!r}, which dg_timm does not have")
-    _check_weights(folder, names)
-    text = with_address((folder / README).read_text(), repo_id)
-    try:
-        ModelCard(text)
-    except Exception as error:  # yaml's and huggingface_hub's own kinds
-        raise ValueError(f"{folder / README} has no valid front matter: {error}") from error
-    return {name: text.encode() if name == README else str(folder / name) for name in names}
-
-
-def _files_in(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
+    """Names of the files in a folder that save_pretrained may have written."""
     return sorted(path.name for path in folder.glob("*") if path.is_file() and _OURS.fullmatch(path.name))
-
-
-def _check_weights(folder: Path, names: Sequence[str]) -> None:
-    single, index = "model.safetensors", "model.safetensors.index.json"
-    wanted = [single]
-    if index in names:
-        if single in names:
-            raise ValueError(f"{folder} holds both {single} and shards; delete what is not of this network")
-        wanted = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-    shards = [name for name in names if name.endswith(".safetensors")]
-    if shards != wanted:
-        raise ValueError(f"{folder} should hold the weights {', '.join(wanted)}, and holds {', '.join(shards)}")
-    for name in shards:
-        try:
-            with safe_open(folder / name, "pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from error
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository id: {error}") from error
-    if "/" not in repo_id:
-        raise ValueError(f'{repo_id!r} names no owner; give "owner/{repo_id}"')
-
-
-def _prepare_repository(
-    api: HfApi, repo_id: str, private: Optional[bool], revision: Optional[str], create_pr: bool
-) -> None:
-    try:
-        exists = api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    else:
-        if private and exists.private is False:
-            raise ValueError(
-                f"{repo_id} exists and is public; nothing was sent. Make it private in its settings on the Hub, or "
-                "give another name"
-            )
-    if revision not in (None, "main") and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-
-
-def _advice(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return "\nThe Hub does not know you: `hf auth login`, or set HF_TOKEN to a token that may write."
-    if status == 403:
-        return (
-            f"\nYour token may not write to {repo_id}: use one with write access to {repo_id.partition('/')[0]}, or "
-            "open a pull request (create_pr)."
-        )
-    return f"\n{repo_id} was not published; what it held is unchanged."

@@ -101,6 +101,10 @@ def _create(
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
+    if kwargs.pop("pretrained_strict", True) is not True:  # a configuration from the Hub could ask for it
+        raise TypeError(
+            f"{_twin(variant)}: pretrained_strict=False would leave parts of the network random; leave it out"
+        )
     cfg, overlay = kwargs.pop("pretrained_cfg", None), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     named = resolve_pretrained_cfg(_twin(variant), cfg, overlay)
     try:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ SMALLEST = [
     "dg_regnetx_002.pycls_in1k",
     "dg_regnety_002.pycls_in1k",
 ]
+
+
+# whole numbers in the sources' prose that describe an architecture: 32 groups of 4 channels, a stage of 23 blocks
+IN_WORDS = {"32", "4", "23"}
 
 
 def converted(name: str) -> torch.nn.Module:
@@ -77,8 +82,8 @@ def unfounded(text: str, name: str) -> list[str]:
     prose = re.sub(r"`[^`]*`|\]\([^)]*\)|\[timm/[^\]]*\]", "", prose)
     prose = re.sub(rf"{re.escape(architecture)}|{re.escape(architecture.removeprefix('dg_'))}(\.\w+)?", "", prose)
     prose = re.sub(r"[A-Za-z][\w]*[-.]?\d[\w.]*", "", prose)  # names: ResNet-101, float32, ReLU6
-    template = (ROOT / "dg_timm" / "card_template.md").read_text() + MODELS[name].read_text().split("results:")[0]
-    literal = set(re.findall(r"(?<![\w.])\d+(?![\w.%])", template))  # whole numbers in words: "32 groups of 4"
+    template = (ROOT / "dg_timm" / "card_template.md").read_text()
+    literal = set(re.findall(r"(?<![\w.])\d+(?![\w.%])", template)) | IN_WORDS
     return [n for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)*", prose) if n not in known | literal]
 
 
@@ -132,6 +137,39 @@ def test_the_check_of_figures_finds_invented_ones(figure, tmp_path):
     assert unfounded(rendered(name, tmp_path / "model", Card(converted=True, **figure)), name)
 
 
+@pytest.mark.parametrize("claim", ["It reaches 78 % top-1.", "It is 17 times as fast.", "Measured on 50000 images."])
+def test_the_check_of_figures_reads_the_sources_prose(claim, tmp_path):
+    name = "dg_resnet18.a1_in1k"
+    for source in MODELS[name].parents[1].glob("results/*.json"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / "results")
+    (tmp_path / "hub_cards").mkdir()
+    text = MODELS[name].read_text().replace("summary: >-\n", f"summary: >-\n  {claim}\n")
+    assert claim in text
+    (tmp_path / "hub_cards" / "card.yaml").write_text(text)
+    card = Card.read(tmp_path / "hub_cards" / "card.yaml", name)
+    assert unfounded(rendered(name, tmp_path / "model", card), name)
+
+
+def test_converted_is_checked(tmp_path):
+    model = converted("dg_resnet18.a1_in1k")
+    with torch.no_grad():
+        model.layer1.router0.scale[1] = 0.1
+    with pytest.raises(ValueError, match="the graph is not the identity any more"):
+        dg_timm.save_pretrained(model, tmp_path / "model", card=Card(converted=True))
+
+
+def test_of_weights_of_unknown_origin_nothing_is_claimed(tmp_path):
+    """timm does not say whether a network that it made holds its published weights."""
+    model = dg_timm.dynamize(timm.create_model("resnet18", num_classes=3))
+    folder = dg_timm.save_pretrained(model, tmp_path / "model")
+    data = huggingface_hub.ModelCard((folder / "README.md").read_text()).data
+    assert (data.license, data.base_model) == (None, None)
+    assert not {"tag", "origin_url", "paper_ids"} & set(
+        json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    )
+
+
 def test_a_card_of_a_trained_network(tmp_path):
     model = timm.create_model("dg_regnetx_002", num_classes=10)
     measured = Accuracy("CIFAR-10", 91.234, static=90.5, images=10_000, spread="3 seeds", hub_dataset="uoft-cs/cifar10")
@@ -157,10 +195,11 @@ def test_data_from_users_cannot_break_the_front_matter(tmp_path):
     model = timm.create_model("dg_regnetx_002", num_classes=2)
     nasty = 'a: "b"\n---\nlicense: wtfpl'
     card = Card(accuracies=[Accuracy(nasty, 50.0)], made={"Recipe": nasty})
-    folder = dg_timm.save_pretrained(model, tmp_path / "model", card=card, label_names=["x: [", "--- y"])
+    folder = dg_timm.save_pretrained(model, tmp_path / "model", card=card, label_names=["x: [", "--- y\n## Usage\n"])
     data = huggingface_hub.ModelCard((folder / "README.md").read_text()).data
     assert data.eval_results[0].dataset_name == nasty
     assert data.license is None
+    assert (folder / "README.md").read_text().count("\n## Usage\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -171,6 +210,11 @@ def test_data_from_users_cannot_break_the_front_matter(tmp_path):
         ("models: dg_resnet18.a1_in1k\n", "must be a mapping with `models`"),
         ("models: [dg_resnet18.a1_in1k]\ncolour: red\n", "has the unknown field colour"),
         ("models: [\n", "is no YAML"),
+        ("models: [dg_resnet18.a1_in1k]\ndatasets: ILSVRC/imagenet-1k\n", "datasets must be a list, got 'ILSVRC"),
+        ("models: [dg_resnet18.a1_in1k]\nconverted: 'no'\n", "converted must be a bool, got 'no'"),
+        ("models: [dg_resnet18.a1_in1k]\nmade: [a]\n", "made must be a dict"),
+        ("models: [dg_resnet18.a1_in1k]\nresults: 3\n", "results must be a list of JSON files, got 3"),
+        ("models: [dg_resnet18.a1_in1k]\naccuracies: [{dataset: a, value: 50}]\n", "has the unknown field accuracies"),
     ],
 )
 def test_a_source_that_is_none(tmp_path, content, match):

@@ -95,7 +95,14 @@ def test_shards_come_back_and_leave_with_the_next_save(tmp_path):
     assert "state_dict" not in again.pretrained_cfg
     (folder / "mine.txt").write_text("mine")
     dg_timm.save_pretrained(model, folder, overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "mine.txt", "model.safetensors"]
+    left = [
+        "README.md",
+        "config.json",
+        "mine.txt",
+        "model.safetensors",
+        "wiring.png",
+    ]  # the picture is not shown any more
+    assert sorted(p.name for p in folder.iterdir()) == left
 
 
 @pytest.mark.parametrize(
@@ -125,3 +132,47 @@ def test_unknown_and_wrong_options_are_named(tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, "model_args": args}))
         with pytest.raises(error, match=match):
             timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "error", "match"),
+    [
+        (None, dict(label_names="ab"), TypeError, "label_names must be a list of names, got str"),
+        (None, dict(label_names=["a", None]), TypeError, "label_names must be strings, got None"),
+        (None, dict(max_shard_size=0), ValueError, "max_shard_size is bytes or"),
+        (
+            lambda m: setattr(m, "fc", torch.nn.Linear(m.num_features, 7)),
+            {},
+            ValueError,
+            "could not load this model back",
+        ),
+        (lambda m: dg_timm.set_threshold(m, 0.6), {}, ValueError, "set_threshold is in force and is not saved"),
+        (lambda m: m.reset_classifier(0), {}, ValueError, "has no classifier"),
+    ],
+)
+def test_what_can_not_be_saved_leaves_an_earlier_save(tmp_path, spoil, options, error, match):
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    folder = dg_timm.save_pretrained(model, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    if spoil is not None:
+        spoil(model)
+    with pytest.raises(error, match=match):
+        dg_timm.save_pretrained(model, folder, overwrite=True, **options)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_wrapped_networks_are_named(tmp_path):
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    with pytest.raises(ValueError, match=r"save what is inside: model._orig_mod"):
+        dg_timm.save_pretrained(torch.compile(model), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"save what is inside: model.module"):
+        dg_timm.save_pretrained(timm.utils.ModelEmaV3(model), tmp_path / "model")
+
+
+def test_a_picture_of_the_user_stays(tmp_path):
+    model = timm.create_model("dg_resnet18", num_classes=2)
+    folder = dg_timm.save_pretrained(model, tmp_path / "model")
+    (folder / "wiring.png").write_bytes(b"mine")
+    dg_timm.save_pretrained(model, folder, overwrite=True)
+    assert (folder / "wiring.png").read_bytes() == b"mine"
+    assert "wiring.png" not in dg_timm.publish.planned_files(folder, "lab/net")

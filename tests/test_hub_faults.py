@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -21,7 +22,7 @@ from test_push_and_pull import logits, pull
 
 import dg_timm
 from dg_timm import zoo
-from dg_timm.hub import push_folder
+from dg_timm.publish import push_folder
 
 
 def small():
@@ -32,12 +33,18 @@ def small():
 
 @pytest.fixture
 def model(hub, monkeypatch):
-    """Published as lab/net; pauses between attempts are kept short, but for those that the server asks for."""
+    """Published as lab/net; pauses between attempts are noted in ``hub.pauses`` and kept short."""
     network = small()
     dg_timm.push_to_hub(network, "lab/net")
     hub.requests.clear()
     pause = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: pause(min(seconds, 0.01)))
+
+    def shortened(seconds):
+        hub.pauses.append(seconds)
+        pause(min(seconds, 0.01))
+
+    hub.pauses = []
+    monkeypatch.setattr(time, "sleep", shortened)
     return network
 
 
@@ -61,9 +68,11 @@ def test_connections_cut_at_random_offsets(hub, model, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_too_many_requests(hub, model, name, method):
-    hub.faults.append(Fault(name, method, status=429, headers={"Retry-After": "1"}))
+    hub.faults.append(Fault(name, method, status=429, headers={"Retry-After": "7"}))
     assert torch.equal(logits(pull()), logits(model))
     assert hub.faults[0].times == 0
+    if method == "GET":
+        assert max(hub.pauses) >= 7  # a HEAD is asked again at once, with a longer timeout
 
 
 @pytest.mark.parametrize(("name", "method"), [("config.json", "HEAD"), ("model.safetensors", "HEAD"),
@@ -244,12 +253,17 @@ def test_a_revision_that_is_not_there(hub, model):
     Fault("objects/batch", "POST", times=2, status=503),
     Fault("", "PUT", times=2, status=500),
     Fault("preupload/main", "POST", status=429, headers={"Retry-After": "1"}),
-], ids=["preupload", "batch", "upload", "busy"])  # fmt: skip
+    Fault("commit/main", "POST", status=503),
+    Fault("commit/main", "POST", status=429, headers={"Retry-After": "5"}),
+    Fault("api/models/lab/net", "GET", times=2, status=502),
+], ids=["preupload", "batch", "upload", "busy", "commit", "commit-busy", "info"])  # fmt: skip
 def test_a_publication_survives_a_busy_hub(hub, model, fault):
     hub.faults.append(fault)
     again = small()
     assert dg_timm.push_to_hub(again, "lab/net").changed
     assert fault.times == 0
+    if "Retry-After" in fault.headers:
+        assert max(hub.pauses) >= int(fault.headers["Retry-After"])
     assert torch.equal(logits(pull()), logits(again))
 
 
@@ -258,14 +272,76 @@ def test_a_publication_survives_a_busy_hub(hub, model, fault):
 def test_a_publication_that_fails_changes_nothing(hub, model, status, step, tmp_path):
     before = hub.repositories.log("lab/net")
     hub.faults.append(Fault(step, "POST", times=-1, status=status))
-    with pytest.raises(HfHubHTTPError, match=r"hf auth login|may not write|was not published") as caught:
+    with pytest.raises(HfHubHTTPError, match=r"hf auth login|may not write|not published|publish again") as caught:
         dg_timm.push_to_hub(small(), "lab/net")
     assert WRITER not in str(caught.value)
     assert hub.repositories.log("lab/net") == before
     assert torch.equal(logits(pull()), logits(model))
 
 
+def test_a_commit_whose_reply_is_lost_is_published_again_without_harm(hub, model):
+    again = small()
+    hub.faults.append(Fault("commit/main", "POST", cut_after=10))
+    with pytest.raises(
+        OSError, match=r"the connection to http.* broke.*publish again, the same content makes no second"
+    ):
+        dg_timm.push_to_hub(again, "lab/net")
+    assert dg_timm.push_to_hub(again, "lab/net").changed is False
+    assert torch.equal(logits(pull()), logits(again))
+
+
+def test_no_hub_at_all(hub, model, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"the connection to http://127.0.0.1:9 broke"):
+        dg_timm.push_to_hub(model, "lab/net")
+
+
+def test_a_damaged_configuration_is_found_and_removed(hub, model):
+    """Of the same length and still JSON: timm takes it."""
+    config = huggingface_hub.hf_hub_download("lab/net", "config.json")
+    blob = Path(config).resolve()
+    blob.write_bytes(blob.read_bytes().replace(b'"crop_pct": 0.', b'"crop_pct": 1.'))
+    with pytest.raises(OSError, match=r"config.json of lab/net in the cache does not have the hash"):
+        pull()
+    assert torch.equal(logits(pull()), logits(model))
+
+
+def test_a_damaged_cache(hub, model, monkeypatch):
+    pull()
+    blob = Path(huggingface_hub.hf_hub_download("lab/net", "model.safetensors")).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-3] ^= 1
+    blob.write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"in the cache is damaged .* no connection to fetch it again"):
+        pull()
+    assert blob.read_bytes() == content  # it is the only copy
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert torch.equal(logits(pull()), logits(model))
+
+
+def test_a_configuration_can_not_ask_for_loose_loading(hub, model, tmp_path):
+    files = files_of(model, tmp_path)
+    loose = files["config.json"].replace(
+        b'"pretrained_cfg"', b'"model_args": {"pretrained_strict": false}, "pretrained_cfg"'
+    )
+    hub.repositories.put("ada/net", {**files, "config.json": loose})
+    with pytest.raises(TypeError, match="pretrained_strict=False would leave parts"):
+        pull("ada/net")
+
+
 # --------------------------------------------------------------------------- secrets
+
+
+def test_a_token_read_with_its_line_end(hub, model):
+    assert not dg_timm.push_to_hub(model, "lab/net", token=f" {WRITER}\n").changed
+
+
+@pytest.mark.parametrize("token", [f"{WRITER[:8]}\n{WRITER[8:]}", f"{WRITER}\u00e9", ""])
+def test_a_token_that_is_none_is_not_shown(hub, model, token):
+    with pytest.raises(ValueError, match="the token holds characters that no token has") as caught:
+        dg_timm.push_to_hub(model, "lab/net", token=token)
+    assert WRITER[:8] not in repr(caught.value)
 
 
 def test_the_token_is_told_to_nobody(hub, model, tmp_path, caplog, capfd, monkeypatch):

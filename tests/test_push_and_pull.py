@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from safetensors.torch import load_file
 
 import dg_timm
-from dg_timm.hub import planned_files, push_folder
+from dg_timm.publish import planned_files, push_folder
 
 LABELS = [f"class {k}, 'quoted'" for k in range(10)]
 DATA = dict(input_size=(3, 48, 48), mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation="bilinear", crop_pct=1.0)
@@ -214,6 +214,31 @@ def test_a_repository_id_that_is_none(hub, repo_id):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("revision", ["", "a b..c", "-x", "../up"])
+def test_a_revision_that_is_no_branch(hub, revision):
+    with pytest.raises(ValueError, match="revision must be the name of a branch"):
+        dg_timm.push_to_hub(small(), "lab/net", revision=revision)
+    assert not hub.requests
+
+
+def test_a_pull_request_needs_a_repository(hub):
+    with pytest.raises(ValueError, match="lab/typo is not there"):
+        dg_timm.push_to_hub(small(), "lab/typo", create_pr=True)
+
+
+def test_front_matter_that_the_hub_refuses(hub, tmp_path):
+    folder = dg_timm.save_pretrained(small(), tmp_path / "model")
+    card = folder / "README.md"
+    right = "pipeline_tag: image-classification"
+    for spoiled in ("pipeline_tag: nonsense", "model-index: nonsense", "datasets: 5", "base_model: {a: 1}"):
+        text = card.read_text()
+        card.write_text(text.replace(right, spoiled))
+        with pytest.raises((ValueError, HfHubHTTPError)):
+            push_folder(folder, "lab/net")
+        card.write_text(text)
+    assert push_folder(folder, "lab/net").changed
+
+
 @pytest.mark.parametrize(("token", "match"), [(STRANGER, "may not write to lab/net"), (READER, "may not write to lab")])
 def test_a_token_without_the_right(hub, monkeypatch, token, match):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -242,6 +267,15 @@ def test_no_token_and_a_wrong_one(hub, monkeypatch):
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5]), "is damaged"),
         (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), "has no valid front matter"),
         (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b""), "should hold the weights model.safe"),
+        (lambda f: (f / "config.json").write_text("[]"), "names the architecture None"),
+        (lambda f: (f / "config.json").write_text('{"architecture": null}'), "names the architecture None"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "is no index of shards"),
+        (lambda f: (f / "README.md").write_bytes(b"\xff\xfe"), "has no valid front matter"),
+        (lambda f: (f / "README.md").write_text("# Mine"), "has no front matter"),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("x_002", "x_004")),
+            "describe",
+        ),
     ],
 )
 def test_a_folder_that_is_not_sound_is_not_sent(hub, tmp_path, spoil, match):

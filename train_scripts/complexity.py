@@ -47,8 +47,14 @@ def main() -> None:
             f"| {static.multiply_adds / 1e6:.0f} | {dynamic.multiply_adds / 1e6:.0f} | {flops} |"
         )
     if args.json:
-        result = {"command": "train_scripts/complexity.py --all", "input_size": [3, 224, 224], "models": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "command": f"train_scripts/complexity.py{' --all' if args.all else ''}",
+            "input_size": [3, 224, 224],
+            "models": rows,
+        }
+        beside = args.json.with_suffix(".tmp")
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+        beside.replace(args.json)
 
 
 def exact(counts: Complexity) -> dict[str, int]:

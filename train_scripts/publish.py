@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 import dg_timm
-from dg_timm.hub import README, draw, planned_files, push_folder
+from dg_timm.hub import README, draw
+from dg_timm.publish import planned_files, push_folder
 
 CARDS = Path(__file__).parents[1] / "hub_cards"
 PICTURES = 4  # drawn on the card

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dg_timm import zoo
 from dg_timm.card import Card
-from dg_timm.checkpoint import graph_stages, is_static, routers
+from dg_timm.checkpoint import graph_stages, is_identity, is_static
 from dg_timm.hub import save_pretrained, write_config
 
 TimmModel = Any  # an nn.Module with timm's attributes
@@ -151,7 +151,7 @@ def create_teacher(
                 f"--distill: the static network of {student_name} has no trained classifier for these classes. "
                 "Fine-tune that one first and start from it (--initial-checkpoint), or name a teacher"
             )
-        if any(r.scale is None or r.scale[0] != 2 or bool(r.scale[1:].any()) for r in routers(student).values()):
+        if not is_identity(student):
             raise ValueError(
                 f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher"
             )

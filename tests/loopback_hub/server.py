@@ -221,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
             if not isinstance(front, dict):
                 errors.append("the front matter is no mapping")
-            elif "license" in front and not re.fullmatch(r"[a-z0-9.-]+", str(front["license"])):
-                errors.append('"license" must be one of the list')
+            else:
+                errors += wrong_fields(front)
         except yaml.YAMLError as error:
             errors.append(str(error))
         if errors:
@@ -329,6 +329,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # the requests are recorded; the terminal is pytest's
         pass
+
+
+def wrong_fields(front: dict[str, Any]) -> list[str]:
+    """What the Hub refuses in the front matter of a model card, as far as a card of ours could have it."""
+
+    def texts(value: object) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "license": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"[a-z0-9.-]+", v)), "one of the list"),
+        "library_name": (lambda v: isinstance(v, str), "a string"),
+        "pipeline_tag": (lambda v: v == "image-classification", "one of the list"),
+        "tags": (lambda v: isinstance(v, list) and texts(v), "an array of strings"),
+        "datasets": (texts, "an array of strings"),
+        "metrics": (texts, "an array of strings"),
+        "base_model": (texts, "a string or an array of strings"),
+        "model-index": (is_model_index, "an array of models with results"),
+    }
+    return [f'"{key}" must be {what}' for key, (right, what) in rules.items() if key in front and not right(front[key])]
+
+
+def is_model_index(value: object) -> bool:
+    try:
+        return all(
+            isinstance(entry["name"], str)
+            and all(
+                {"type", "name"} <= set(result["dataset"])
+                and isinstance(result["task"]["type"], str)
+                and all(isinstance(metric["value"], (int, float)) and metric["type"] for metric in result["metrics"])
+                for result in entry["results"]
+            )
+            for entry in value  # type: ignore[attr-defined]
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
 
 
 _REPO = r"(?P<repo_id>[^/]+/[^/]+)"
