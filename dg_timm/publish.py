@@ -119,7 +119,8 @@ def push_folder(
             return _publish(api, contents, repo_id, private, revision, create_pr, message)
         except HfHubHTTPError as error:
             status = error.response.status_code
-            if status not in (429, 500, 502, 503, 504) or attempt == _ATTEMPTS:
+            again = status == 429 or (status in (500, 502, 503, 504) and not create_pr)  # it may be open already
+            if not again or attempt == _ATTEMPTS:
                 error.append_to_message(_advice(status, repo_id))
                 raise
             wait = error.response.headers.get("Retry-After", "")
