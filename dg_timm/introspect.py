@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dg_timm.checkpoint import graph_stages, routers
 from dg_timm.graph import adjacency_matrix
 
+EXECUTIONS = ("dense", "sparse")
+
 
 @torch.no_grad()
 def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -31,12 +33,17 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     modes = {module: module.training for module in model.modules()}
+    executions = {stage: stage.is_sparse for stage in graph_stages(model).values()}
     try:
+        for stage in executions:
+            stage.is_sparse = False  # a removed node's router does not run there
         with record_adjacency(model) as recorded:
             model.eval()(images)
     finally:
         for module, training in modes.items():
             module.training = training
+        for stage, is_sparse in executions.items():
+            stage.is_sparse = is_sparse
     return recorded
 
 
@@ -84,6 +91,23 @@ def set_threshold(model: nn.Module, threshold: Optional[float]) -> None:
         threshold = float(threshold)
     for router in routers(model).values():
         router.fixed_threshold = threshold
+
+
+def set_execution(model: nn.Module, execution: str) -> None:
+    """Choose how a model runs: the result is the same, to rounding.
+
+    Args:
+        execution: ``dense`` (the default): every edge is computed and multiplied; it trains, exports and compiles.
+            ``sparse``: for evaluation; image by image, closed edges are not read and removed nodes are not run.
+
+    Raises:
+        ValueError: for another name, or if the model is static. The model is then left as it was.
+    """
+    stages = require_dynamic(model)
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+    for stage in stages.values():
+        stage.is_sparse = execution == "sparse"  # type: ignore[assignment]
 
 
 def require_dynamic(model: nn.Module) -> dict[str, nn.Module]:

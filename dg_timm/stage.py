@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dg_timm import blocks as _blocks
 from dg_timm import graph
+from dg_timm import sparse as _sparse
 from dg_timm.router import Router
 from dg_timm.stages import StagePlan
 
@@ -44,6 +45,7 @@ class DGStage(nn.Module):
         self.edge_scale = edge_scale
         self.block_shortcut = block_shortcut
         self.grad_checkpointing = False
+        self.is_sparse = False  # set_execution
         self.num_entry = len(plan.entry)
         self.block_names = plan.blocks
         like = next(container.parameters())
@@ -111,10 +113,46 @@ class DGStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
 
-        This is the one place that decides what is computed. It is dense: every edge is multiplied and every block runs
-        for every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
+        This is the one place that decides what is computed. By default it is dense: every edge is multiplied and every
+        block runs for every image, with no control flow that depends on values, so it scripts, traces, exports and
+        compiles.
         """
+        if self.is_sparse:
+            if torch.jit.is_scripting():
+                raise RuntimeError("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
+            else:
+                return self.sparse(x)
         return self.dense(x)
+
+    @torch.jit.unused
+    @torch.compiler.disable
+    def sparse(self, x: Tensor) -> Tensor:
+        """As :meth:`dense` in evaluation, to rounding; closed edges are not read, removed nodes are not run."""
+        traced: object = x
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(traced, torch.fx.Proxy):
+            raise RuntimeError(
+                "sparse execution chooses what to run by the image and can't be traced or exported; "
+                "dg_timm.set_execution(model, 'dense') first"
+            )
+        if self.training:
+            raise RuntimeError(
+                "sparse execution is for evaluation: call model.eval(), or dg_timm.set_execution(model, 'dense')"
+            )
+        if x.is_meta:  # only shapes are asked for
+            return self.dense(x)
+        with torch.no_grad():
+            source = x
+            for child in self[: self.num_entry]:  # type: ignore[union-attr]
+                source = child(source)
+            blocks = [self.get_submodule(name) for name in self.block_names]
+            node0, reads_input, takes_shortcut = source, False, False
+            if hasattr(self, "projection"):
+                node0, reads_input = self.projection(source), True
+            elif hasattr(blocks[0], "projects_shortcut"):
+                node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore[operator]
+            routers = [self.get_submodule(f"router{node}") for node in range(len(blocks) + 1)]
+            out = _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
+        return _sparse.NoGradient.apply(x, out) if x.requires_grad else out
 
     def dense(self, x: Tensor) -> Tensor:
         # Written over children(), with hasattr to tell them apart: TorchScript resolves both when it unrolls the loop.

@@ -2,10 +2,15 @@
 
     python train_scripts/benchmark.py dg_resnet50 dg_regnetx_016
     python train_scripts/benchmark.py --zoo --json results/inference_cpu.json
+    python train_scripts/benchmark.py dg_resnet50 --execution sparse --removed 0.5 --batch-size 1
 
 Every dynamic network is the identity conversion of its (randomly initialised) twin and must predict what that predicts
 before anything is timed. A round times both, each first in every other round. Prints a Markdown table: medians in
 milliseconds an image, the median of the ratios of the rounds, and its quartiles.
+
+``--removed F`` wires every image at random so that a share F of the blocks is removed, other blocks in each image, and
+prints the multiply-adds that remain (``dg_timm.cost``) beside the time; sparse execution must then predict what dense
+does.
 """
 
 import argparse
@@ -14,15 +19,18 @@ import json
 import os
 import platform
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
 from torch import Tensor, nn
 
 import dg_timm
+from dg_timm.checkpoint import graph_stages
+from dg_timm.cost import relative_cost
 
 
 def main() -> None:
@@ -32,6 +40,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--execution", choices=dg_timm.introspect.EXECUTIONS, default="dense")
+    parser.add_argument("--removed", type=float, metavar="F", help="share of the blocks to remove for every image")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
@@ -44,17 +55,18 @@ def main() -> None:
     print(f"| {'model':20} | static ms | dynamic ms | ratio | quartiles |\n|---|---|---|---|---|", flush=True)
     rows = []
     for name in names:
-        row = measure(name, args.batch_size, args.image_size, args.rounds)
+        row = measure(name, args)
         rows.append({"model": name, **row})
         print(
             f"| {name:20} | {row['static_ms']:.2f} | {row['dynamic_ms']:.2f} | {row['ratio']:.3f} "
-            f"| {row['low']:.3f} to {row['high']:.3f} |",
+            f"| {row['low']:.3f} to {row['high']:.3f} |" + (f" {row['cost']:.3f} |" if "cost" in row else ""),
             flush=True,
         )
     if args.json:
-        options = f"--batch-size {args.batch_size} --image-size {args.image_size} --rounds {args.rounds}"
+        options = f"--execution {args.execution} --batch-size {args.batch_size} --image-size {args.image_size}"
         result = {
-            "command": f"train_scripts/benchmark.py {'--zoo' if args.zoo else ' '.join(names)} {options}",
+            "command": f"train_scripts/benchmark.py {'--zoo' if args.zoo else ' '.join(names)} {options} "
+            f"--rounds {args.rounds}",
             "hardware": f"{args.threads} threads on {os.cpu_count()} CPU cores ({platform.machine()}), float32",
             "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
             f"dg_timm {dg_timm.__version__}",
@@ -79,15 +91,26 @@ def dg_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
 
 
 @torch.inference_mode()
-def measure(name: str, batch_size: int, image_size: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds an image of a network and of its static twin."""
     torch.manual_seed(0)
-    static = timm.create_model(name.removeprefix("dg_")).eval()
+    batch_size, rounds = args.batch_size, args.rounds
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    static = timm.create_model(name.removeprefix("dg_")).eval().to(memory_format=layout)
     weights = dict(state_dict=static.state_dict())
-    dynamic = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights).eval()
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    if not torch.equal(static(images), dynamic(images)):
-        raise RuntimeError(f"{name} does not predict what its static twin predicts; nothing was timed")
+    dynamic = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights).eval().to(memory_format=layout)
+    images = torch.randn(batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=layout)
+    wanted, share = static(images), {}
+    if args.removed is not None:
+        alphas = random_wiring(dynamic, batch_size, args.removed)
+        share["cost"] = round(relative_cost(dynamic, alphas, (3, *images.shape[2:])).mean().item(), 4)
+        overrule(dynamic, alphas)
+        wanted = dynamic(images)
+    dg_timm.set_execution(dynamic, args.execution)
+    got = dynamic(images)
+    exact = args.removed is None and args.execution == "dense"
+    if not (torch.equal(got, wanted) if exact else torch.allclose(got, wanted, 1e-3, 1e-3 * float(wanted.abs().max()))):
+        raise RuntimeError(f"{name} does not predict what it should; nothing was timed")
     seconds(static, images), seconds(dynamic, images)  # warm up
     times: dict[str, list[float]] = {"static": [], "dynamic": []}
     for number in range(rounds):
@@ -103,7 +126,43 @@ def measure(name: str, batch_size: int, image_size: int, rounds: int) -> dict[st
         "ratio": round(median(ratios), 3),
         "low": round(low, 3),
         "high": round(high, 3),
+        **share,
     }
+
+
+class FixedWiring(nn.Module):
+    """A router that runs as before and is overruled: by rows of the batch, in which a removed node's are 0."""
+
+    def __init__(self, router: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.router, self.rows, self.out_degree = router, rows, rows.shape[1]
+
+    def forward(self, x: Tensor, reached: Optional[Tensor] = None) -> Tensor:
+        self.router(x)
+        return self.rows if len(x) == len(self.rows) else self.rows[self.rows.any(1)]
+
+
+def random_wiring(model: nn.Module, batch: int, removed: float) -> dict[str, Tensor]:
+    """Adjacency matrices: for every image a chain past a random choice of blocks."""
+    alphas = {}
+    for name, stage in graph_stages(model).items():
+        blocks = len(stage)
+        alpha = torch.zeros(batch, blocks + 2, blocks + 2)
+        for image in range(batch):
+            gone = int(blocks * removed + float(torch.rand(())))  # on average the share, also of three blocks
+            kept = sorted((torch.randperm(blocks)[gone:] + 1).tolist())
+            nodes = [0, *kept, blocks + 1]
+            for source, target in pairwise(nodes):
+                alpha[image, source, target] = 1.0
+        alphas[name] = alpha
+    return alphas
+
+
+def overrule(model: nn.Module, alphas: dict[str, Tensor]) -> None:
+    for name, stage in graph_stages(model).items():
+        for node in range(len(stage) + 1):
+            router = stage.get_submodule(f"router{node}")
+            setattr(stage, f"router{node}", FixedWiring(router, alphas[name][:, node, node + 1 :]))
 
 
 def seconds(model: nn.Module, images: Tensor) -> float:

@@ -1,0 +1,136 @@
+"""Sparse execution of a stage: a closed edge is not read, and a removed node is not run, image by image (paper 3.4).
+
+The result is that of the dense execution, to rounding. Only images that use a node pass through its block, as a smaller
+batch; nothing is padded to the densest image. Evaluation only: the wiring is read back from the routers, so there is
+nothing to differentiate, trace or export.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+class NoGradient(torch.autograd.Function):
+    """The second argument; whoever differentiates it is told why that can't be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise RuntimeError("sparse execution has no gradients; dg_timm.set_execution(model, 'dense') for them")
+
+
+Edges = list[list[tuple[int, float]]]  # of an image: (source node, weight) of its open edges into one node
+
+
+@dataclass
+class Feature:
+    """Maps of one node, of the images that ran it.
+
+    Attributes:
+        maps: (images that ran, channels, height, width).
+        place: of every image of the batch its index in ``maps``; -1 where the node was removed.
+        rows: of every image in ``maps`` the weights of the edges that leave the node, by target.
+    """
+
+    maps: Tensor
+    place: list[int]
+    rows: list[list[float]]
+
+
+def run(
+    x: Tensor,
+    node0: Tensor,
+    blocks: Sequence[nn.Module],
+    routers: Sequence[Callable[[Tensor], Tensor]],
+    takes_shortcut: bool,
+    reads_input: bool,
+) -> Tensor:
+    """Run the graph of a stage.
+
+    Args:
+        x: (batch, in_chs, H, W), what block 1 reads along edge (0, 1) if ``reads_input``.
+        node0: (batch, C, H', W'), the feature of node 0.
+        blocks: of nodes 1..B.
+        routers: of nodes 0..B.
+        takes_shortcut: whether block 1 takes ``weight * node0`` as its shortcut.
+        reads_input: whether node 0's feature is a projection, which block 1 does not read.
+
+    Returns:
+        (batch, C, H', W').
+    """
+    everyone = list(range(len(x)))
+    nodes = [Feature(node0, everyone, routers[0](node0).tolist())]
+    for target, block in enumerate(blocks, start=1):
+        edges = open_edges(nodes, target, len(x))
+        images = [b for b in everyone if edges[b]]
+        if not images:
+            nodes.append(Feature(node0[:0], [-1] * len(x), []))
+            continue
+        first = target == 1 and reads_input
+        z = combine([Feature(x, everyone, [])] if first else nodes, edges, images)
+        out = block(z, combine(nodes, edges, images)) if target == 1 and takes_shortcut else block(z)
+        place = [-1] * len(x)
+        for k, b in enumerate(images):
+            place[b] = k
+        nodes.append(Feature(out, place, routers[target](out).tolist()))
+    return combine(nodes, open_edges(nodes, len(blocks) + 1, len(x)), everyone)
+
+
+def open_edges(nodes: Sequence[Feature], target: int, batch: int) -> Edges:
+    """Of every image the open edges into a node."""
+    edges: Edges = [[] for _ in range(batch)]
+    for source, node in enumerate(nodes):
+        for image, k in enumerate(node.place):
+            weight = node.rows[k][target - 1 - source] if k >= 0 else 0.0
+            if weight != 0.0:
+                edges[image].append((source, weight))
+    return edges
+
+
+def combine(nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> Tensor:
+    """Eq. 3 for some images: (len(images), C, H, W); zeros for one without an open edge."""
+    like = nodes[0].maps
+    layout = torch.channels_last if like.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    z = torch.empty((len(images), *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
+    by = by_image if like.device.type == "cpu" else by_source
+    by(z, nodes, edges, images)
+    return z
+
+
+def by_image(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:
+    """One image after another: its sum stays in the cache while its sources are read, without a copy."""
+    views: list[Optional[tuple[Any, ...]]] = [None] * len(nodes)
+    for out, image in zip(z.unbind(0), images, strict=True):
+        if not edges[image]:
+            out.zero_()
+        for number, (source, weight) in enumerate(edges[image]):
+            maps = views[source]
+            if maps is None:
+                maps = views[source] = nodes[source].maps.unbind(0)
+            if number == 0:
+                torch.mul(maps[nodes[source].place[image]], weight, out=out)
+            else:
+                out.add_(maps[nodes[source].place[image]], alpha=weight)
+
+
+def by_source(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:
+    """One source after another, in few large steps: for devices where every step costs a launch."""
+    z.zero_()
+    for source, node in enumerate(nodes):
+        read = [
+            (k, node.place[image], weight)
+            for k, image in enumerate(images)
+            for origin, weight in edges[image]
+            if origin == source
+        ]
+        if read:
+            to, place, weights = zip(*read, strict=True)
+            maps = node.maps.index_select(0, torch.tensor(place, device=z.device))
+            scaled = maps * torch.tensor(weights, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1)
+            z.index_add_(0, torch.tensor(to, device=z.device), scaled)

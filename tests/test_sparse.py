@@ -1,0 +1,185 @@
+"""Sparse execution against dense: any pattern of closed edges, any batch, every family; and what it refuses."""
+
+import pytest
+import timm
+import torch
+from conftest import FAMILIES, randomize, randomize_graph
+from test_stage import images, make_stage
+from torch import nn
+
+import dg_timm
+from dg_timm import sparse
+from dg_timm.stage import DGStage
+
+BIG = 100.0
+
+
+@torch.no_grad()
+def close_at_random(module: nn.Module, openness: float) -> None:
+    """Thresholds at a quantile of random weights; the routers differ between images."""
+    randomize_graph(module, spread=3.0)
+    for router in dg_timm.checkpoint.routers(module).values():
+        router.fc.weight.mul_(BIG)
+        router.fc.bias.uniform_(-3, 3)
+        router.threshold.fill_(1.6 * (1 - openness))
+
+
+@pytest.mark.parametrize("openness", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("num_blocks", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
+@pytest.mark.parametrize("by", [sparse.by_image, sparse.by_source])
+def test_equals_dense(kind, num_blocks, batch, openness, by, monkeypatch):
+    monkeypatch.setattr(sparse, "by_image", by)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        stage, x = make_stage(kind, num_blocks), images(kind, batch)
+        close_at_random(stage, openness)
+        with torch.no_grad():
+            wanted = stage(x)
+            stage.is_sparse = True
+            torch.testing.assert_close(stage(x), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_patterns_above_are_of_every_kind():
+    open_edges, removed, differ = [], 0, 0
+    for openness in (0.0, 0.3, 0.6, 1.0):
+        torch.manual_seed(0)
+        stage = make_stage("input", 6)
+        close_at_random(stage, openness)
+        alpha = dg_timm.adjacency(stage, images("input", 7))[""]
+        open_edges.append(float((alpha != 0).sum()))
+        removed += int((alpha[:, :, 1:-1] == 0).all(1).sum())
+        differ += int(((alpha != 0) != (alpha[:1] != 0)).any())
+    assert open_edges == sorted(open_edges)
+    assert open_edges[0] < 0.5 * open_edges[-1]
+    assert removed > 3
+    assert differ >= 2
+
+
+@pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
+def test_a_removed_block_is_not_run_and_an_image_may_skip_all(kind):
+    stage, x = make_stage(kind, 4), images(kind, 3)
+    ran = dict.fromkeys(stage.block_names, 0)
+
+    def count(name):
+        return lambda module, args: ran.__setitem__(name, ran[name] + len(args[0]))
+
+    for name in stage.block_names:
+        stage.get_submodule(name).register_forward_pre_hook(count(name))
+    with torch.no_grad():
+        for node in range(5):  # of every node only the edge to the output is open
+            router = stage.get_submodule(f"router{node}")
+            router.fc.weight.zero_()
+            router.fc.bias.fill_(-BIG)
+            router.fc.bias[-1] = BIG
+            router.scale.fill_(1.0)
+            router.threshold.fill_(0.5)
+        wanted = stage(x)
+        ran.update(dict.fromkeys(ran, 0))
+        stage.is_sparse = True
+        got = stage(x)
+    torch.testing.assert_close(got, wanted)
+    assert set(ran.values()) == {0}
+
+
+def test_all_edges_into_the_output_closed_gives_zeros():
+    stage, x = make_stage("input", 3), images("input", 2)
+    with torch.no_grad():
+        for router in dg_timm.checkpoint.routers(stage).values():
+            router.threshold.fill_(BIG)
+        stage.is_sparse = True
+        assert (stage(x) == 0).all()
+        assert stage(x).shape == x.shape
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whole_networks(name, memory_format):
+    model = randomize(timm.create_model(name, num_classes=10)).to(memory_format=memory_format)
+    for openness in (0.5, 1.0):
+        close_at_random(model, openness)
+        x = torch.randn(3, 3, 64, 64).contiguous(memory_format=memory_format)
+        with torch.inference_mode():
+            dg_timm.set_execution(model, "dense")
+            wanted, alphas = model(x), dg_timm.adjacency(model, x)
+            dg_timm.set_execution(model, "sparse")
+            got = model(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    dg_timm.set_execution(model, "dense")
+    assert alphas.keys() == dg_timm.checkpoint.graph_stages(model).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    stage, x = make_stage("shortcut", 4, dtype=torch.float32).to(dtype), images("shortcut", dtype=dtype)
+    dg_timm.set_threshold(stage, 0.05)
+    with torch.no_grad():
+        wanted = stage(x)
+        stage.is_sparse = True
+        torch.testing.assert_close(stage(x), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
+
+
+def test_adjacency_sees_the_dense_graph_whatever_the_execution():
+    model = randomize(timm.create_model("dg_regnetx_002", num_classes=3))
+    close_at_random(model, 0.5)
+    x = torch.randn(4, 3, 64, 64)
+    wanted, cost = dg_timm.adjacency(model, x), dg_timm.cost(model, x)
+    dg_timm.set_execution(model, "sparse")
+    found = dg_timm.adjacency(model, x)
+    assert all(torch.equal(found[name] != 0, wanted[name] != 0) for name in wanted)
+    assert torch.equal(dg_timm.cost(model, x), cost)
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def model():
+    made = timm.create_model("dg_regnetx_002", num_classes=3).eval()
+    dg_timm.set_execution(made, "sparse")
+    return made
+
+
+def test_an_unknown_name_changes_nothing(model):
+    for name in ("fast", "Sparse", None):
+        with pytest.raises(ValueError, match="execution must be one of dense, sparse, got"):
+            dg_timm.set_execution(model, name)
+    assert all(stage.is_sparse for stage in dg_timm.checkpoint.graph_stages(model).values())
+    with pytest.raises(ValueError, match="is a static network"):
+        dg_timm.set_execution(timm.create_model("resnet18"), "sparse")
+
+
+def test_training_and_gradients(model):
+    x = torch.randn(1, 3, 64, 64)
+    model(x)  # parameters that want a gradient are no reason to refuse
+    with pytest.raises(RuntimeError, match=r"sparse execution is for evaluation: call model.eval\(\)"):
+        model.train()(x)
+    with pytest.raises(RuntimeError, match="sparse execution has no gradients"):
+        model.eval()(x).sum().backward()
+
+
+def test_export_trace_script(model):
+    x = torch.randn(1, 3, 64, 64)
+    for attempt in (
+        lambda: torch.jit.trace(model, x),
+        lambda: torch.fx.symbolic_trace(model),
+        lambda: torch.export.export(model, (x,)),
+        lambda: torch.jit.script(model)(x),
+    ):
+        with pytest.raises(Exception, match="sparse execution"):
+            attempt()
+
+
+def test_compiled_it_falls_back_to_eager(model):
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), wanted)
+
+
+def test_dense_is_the_default_and_is_not_saved(model, tmp_path):
+    folder = dg_timm.save_pretrained(model, tmp_path / "model")
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert not any(stage.is_sparse for stage in dg_timm.checkpoint.graph_stages(again).values())
+    assert isinstance(next(iter(dg_timm.checkpoint.graph_stages(again).values())), DGStage)
