@@ -81,7 +81,7 @@ class Card:
         converted: the weights are a static network's, converted and not trained since.
         license: identifier on the Hub; by default that of the configuration that the weights come from.
         datasets: what it was trained on, as names on the Hub.
-        base_model: repository on the Hub that the weights come from; by default the configuration's.
+        base_model: repository on the Hub that the weights come from; by default the one that they were loaded from.
         made: how the weights were made, in rows: recipe, command, hardware, seeds, ...
         accuracies, times: measured, never quoted.
         limits: what to beware of in this network, beside what is true of all.
@@ -98,10 +98,6 @@ class Card:
     times: Sequence[InferenceTime] = ()
     limits: str = ""
     citation: str = ""
-
-    def based_on(self, repo_id: Optional[str]) -> "Card":
-        """The same card, with weights that come from this repository (``owner/name@revision``)."""
-        return dataclasses.replace(self, base_model=repo_id.partition("@")[0] if repo_id else None)
 
     @classmethod
     def read(cls, file: Union[str, "os.PathLike[str]"], model: str) -> "Card":
@@ -154,23 +150,16 @@ def _rows(measured: Mapping[str, Any], key: str, row_type: Any, model: str) -> l
     return [row_type(**shared, **{name: value for name, value in row.items() if name != "model"}) for row in mine]
 
 
-def render(
-    model: nn.Module,
-    config: Mapping[str, Any],
-    card: Card,
-    *,
-    name: Optional[str] = None,
-) -> ModelCard:
+def render(model: nn.Module, config: Mapping[str, Any], card: Card) -> ModelCard:
     """The card of a network that lies in a folder; :func:`with_address` makes it that of a repository.
 
     Args:
         model: a dynamic graph network.
         config: content of its config.json.
-        name: of the network on the card; by default its architecture, with the tag of converted weights.
     """
     cfg = config["pretrained_cfg"]
     architecture = config["architecture"]
-    name = name or (f"{architecture}.{cfg['tag']}" if card.converted and cfg.get("tag") else architecture)
+    name = f"{architecture}.{cfg['tag']}" if card.converted and cfg.get("tag") else architecture
     size = tuple(cfg["input_size"])
     options = {k: v for k, v in config.get("model_args", {}).items() if k not in ("edge_scale", "block_shortcut")}
     static_name = architecture.removeprefix("dg_")
@@ -194,7 +183,6 @@ def render(
         architecture=architecture,
         static_name=static_name,
         card=card,
-        base_model=card.base_model,
         folder=_FOLDER,
         note=_NOTE,
         dynamic=complexity(model, size),

@@ -3,6 +3,7 @@
 What is written here, ``timm.create_model("local-dir:...")`` and ``("hf-hub:...")`` read back, and transformers too.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -143,7 +144,7 @@ def _with_base_model(card: Card, model: nn.Module) -> Card:
         source = getattr(model, "pretrained_cfg", {}).get("hf_hub_id")
         if source is None:
             raise ValueError("the card says that these weights are converted; name their repository (base_model)")
-    return card.based_on(source)
+    return dataclasses.replace(card, base_model=source.partition("@")[0] if source else None)
 
 
 def draw(model: nn.Module, images: Tensor, folder: Path, converted: bool = False) -> None:

@@ -50,6 +50,8 @@ def main() -> None:
     for option in ("batch_size", "image_size", "rounds", "threads"):
         if getattr(args, option) < (3 if option == "rounds" else 1):
             parser.error(f"--{option.replace('_', '-')} is too small: {getattr(args, option)}")
+    if args.removed is not None and not 0 <= args.removed <= 1:
+        parser.error(f"--removed is a share from 0 to 1, got {args.removed}")
     torch.set_num_threads(args.threads)
 
     print(f"| {'model':20} | static ms | dynamic ms | ratio | quartiles |\n|---|---|---|---|---|", flush=True)
@@ -64,6 +66,8 @@ def main() -> None:
         )
     if args.json:
         options = f"--execution {args.execution} --batch-size {args.batch_size} --image-size {args.image_size}"
+        options += f" --removed {args.removed}" if args.removed is not None else ""
+        options += " --channels-last" if args.channels_last else ""
         result = {
             "command": f"train_scripts/benchmark.py {'--zoo' if args.zoo else ' '.join(names)} {options} "
             f"--rounds {args.rounds}",

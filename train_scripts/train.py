@@ -245,7 +245,7 @@ def describe(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema:
     measured = Accuracy(
         dataset=name,
         value=float(row["ema_top1" if ema else "eval_top1"]),
-        split=args.val_split or "validation",
+        split=args.val_split or "held out",  # which one it was depends on the data set
         images=images,
         spread="one seed, the best epoch on these images",
         hub_dataset=on_hub,
