@@ -19,6 +19,11 @@ from torch import Tensor
 SURROGATE_WIDTH = 0.1
 
 
+def pool(x: Tensor) -> Tensor:
+    """Global average pool (Eq. 4): (batch, channels, height, width) -> (batch, channels)."""
+    return x.mean((2, 3))
+
+
 def edge_weights(logits: Tensor, scale: Optional[Tensor], threshold: Tensor, reached: Optional[Tensor]) -> Tensor:
     """Weights of the edges that leave one node (Eqs. 4 and 5).
 
@@ -60,6 +65,11 @@ def column(rows: List[Tensor], target: int) -> Tensor:
     return torch.stack([rows[i][:, target - 1 - i] for i in range(target)], dim=1)
 
 
+def sources(edges: List[List[Tensor]], target: int) -> List[Tensor]:
+    """What the edges that enter node ``target`` carry, where ``edges[i]`` is that of the edges that leave node i."""
+    return [edges[i][target - 1 - i] for i in range(target)]
+
+
 def reached(weights: Tensor) -> Tensor:
     """(batch, in-degree) -> (batch, 1): whether a node with these input weights has an open edge, or is removed."""
     return (weights.detach() != 0).any(dim=1, keepdim=True)
@@ -68,7 +78,8 @@ def reached(weights: Tensor) -> Tensor:
 def aggregate(features: List[Tensor], weights: Tensor) -> Tensor:
     """Eq. 3: ``z = sum_i weights[:, i] * features[i]`` for every image on its own.
 
-    This is the one place where features are summed; a faster kernel replaces the body of this function.
+    The reference, and what runs where a program is scripted, traced, exported or compiled;
+    :mod:`dg_timm.aggregation` has what eager mode runs, and checks against this.
 
     Args:
         features: maps of one shape, (batch, channels, height, width).

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dg_timm import aggregation
 from dg_timm.graph import edge_weights
 
 
@@ -62,7 +63,7 @@ class Router(nn.Module):
         fixed = self.fixed_threshold
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)
-        logits = F.linear(x.mean((2, 3)), self.fc.weight, self.fc.bias)
+        logits = F.linear(aggregation.pool(x), self.fc.weight, self.fc.bias)
         return edge_weights(logits, self.scale, threshold, reached)
 
     def extra_repr(self) -> str:

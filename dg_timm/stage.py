@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dg_timm import aggregation, cpu_kernels, graph
 from dg_timm import blocks as _blocks
-from dg_timm import graph
 from dg_timm import sparse as _sparse
 from dg_timm.router import Router
 from dg_timm.stages import StagePlan
+
+# Parts of a batch that run on their own (DGStage.pieces): how much may be live in one, and the fewest images. A single
+# image would take other algorithms of some convolutions, and round otherwise.
+CACHE_BYTES = cpu_kernels.last_cache_bytes()
+MIN_IMAGES = 2
 
 
 class DGStage(nn.Module):
@@ -47,6 +52,7 @@ class DGStage(nn.Module):
         self.grad_checkpointing = False
         self.is_sparse = False  # set_execution
         self.num_entry = len(plan.entry)
+        self.live = plan.live
         self.block_names = plan.blocks
         like = next(container.parameters())
         output = len(plan.blocks) + 1
@@ -122,7 +128,36 @@ class DGStage(nn.Module):
                 raise RuntimeError("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
             else:
                 return self.sparse(x)
+        if not torch.jit.is_scripting():
+            pieces = self.pieces(x)
+            if pieces > 1:
+                return torch.cat([self.dense(piece) for piece in x.chunk(pieces)])
         return self.dense(x)
+
+    @torch.jit.unused
+    def pieces(self, x: Tensor) -> int:
+        """In how many parts a batch runs: in inference on CPUs, so that the maps of a stage stay in the cache.
+
+        Nothing in a stage depends on the other images of a batch, and a graph holds many maps at once; so does a wide
+        block. Parts are large enough for the threads, and for the weights, which every part reads, to weigh less than the
+        maps. A hook on a module of the stage sees the whole batch: there is one part then.
+        """
+        if (
+            not aggregation.is_fused(x)
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or self.training
+            or self.live is None
+            or len(x) < 2 * MIN_IMAGES
+        ):
+            return 1
+        maps = self.live * x[0].numel() * x.element_size()  # bytes of one image
+        weights = sum(p.numel() for p in self.parameters()) * x.element_size()
+        images = max(MIN_IMAGES, torch.get_num_threads(), CACHE_BYTES / maps, weights / maps)
+        pieces = int(len(x) // images)
+        if pieces > 1 and any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+            return 1
+        return max(pieces, 1)
 
     @torch.jit.unused
     @torch.compiler.disable
@@ -156,44 +191,53 @@ class DGStage(nn.Module):
 
     def dense(self, x: Tensor) -> Tensor:
         # Written over children(), with hasattr to tell them apart: TorchScript resolves both when it unrolls the loop.
-        features: List[Tensor] = []  # of the nodes up to the last one that ran
-        rows: List[Tensor] = []  # weights of the edges that leave each of them
+        fused = aggregation.is_fused(x)
+        node = x  # the feature of the last node; of node 0 first
+        projected = False  # node 0's feature is a projection, which block 1 does not read
+        rows: List[Tensor] = []  # of every node so far: the weights of the edges that leave it
+        edges: List[List[Tensor]] = []  # ... and what they carry
         weights = x  # of the edges that enter the last node; set before it is read
-        node0 = x
         for child in self.children():
             if hasattr(child, "projects_shortcut"):
-                # Once: block 1 takes its shortcut from here.
-                node0 = child.downsample(x)  # type: ignore[operator]
+                node, projected = child.downsample(x), True  # once: block 1 takes its shortcut from here
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
-                if len(features) == 0:
-                    rows.append(child(node0))
-                else:
-                    rows.append(child(features[-1], graph.reached(weights)))
+                rows.append(child(node) if len(rows) == 0 else child(node, graph.reached(weights)))
+                edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))
             elif hasattr(child, "projects_input"):
-                node0 = child(x)
-            elif hasattr(child, "projects_shortcut"):
-                weights = graph.column(rows, 1)
-                shortcut: Optional[Tensor] = None
-                if self.block_shortcut:
-                    shortcut = graph.aggregate([node0], weights)
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    out = checkpoint(_run_node, child, weights, shortcut, x, use_reentrant=False)
-                else:
-                    out = child(graph.aggregate([x], weights), shortcut)
-                features = [node0, out]
+                node, projected = child(x), True
             elif index < self.num_entry:
                 x = child(x)
-                node0 = x
+                node = x
             else:
-                sources = features if len(features) > 0 else [x]  # block 1 reads the stage's input, not its projection
-                weights = graph.column(rows, len(rows))
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    out = checkpoint(_run_node, child, weights, None, *sources, use_reentrant=False)
+                target = len(rows)
+                weights = graph.column(rows, target)
+                sources = graph.sources(edges, target)
+                shortcut: Optional[Tensor] = None
+                if target == 1 and projected:
+                    if hasattr(child, "projects_shortcut") and self.block_shortcut:
+                        shortcut = aggregation.aggregate(sources, weights, fused)
+                    sources = aggregation.fan_out(x, weights, 1, fused)
+                if not torch.jit.is_scripting():
+                    node = self.run_node(child, sources, weights, shortcut, fused)
+                elif hasattr(child, "projects_shortcut"):
+                    node = child(aggregation.aggregate(sources, weights, fused), shortcut)
                 else:
-                    out = child(graph.aggregate(sources, weights))
-                features = (features if len(features) > 0 else [node0]) + [out]
-        return graph.aggregate(features, graph.column(rows, len(rows)))
+                    node = child(aggregation.aggregate(sources, weights, fused))
+        return aggregation.aggregate(graph.sources(edges, len(rows)), graph.column(rows, len(rows)), fused)
+
+    @torch.jit.unused
+    def run_node(
+        self, block: nn.Module, sources: List[Tensor], weights: Tensor, shortcut: Optional[Tensor], fused: bool
+    ) -> Tensor:
+        """One node in eager mode, with what makes its backward pass cheap in memory."""
+        if self.grad_checkpointing:
+            return checkpoint(_run_node, block, weights, shortcut, fused, *sources, use_reentrant=False)
+        if fused and torch.is_grad_enabled():
+            z = aggregation.aggregate(sources, weights, fused)
+            with aggregation.recompute(z, sources, weights):
+                return block(z) if shortcut is None else block(z, shortcut)
+        return _run_node(block, weights, shortcut, fused, *sources)
 
     @torch.jit.unused
     def __len__(self) -> int:
@@ -209,6 +253,6 @@ class DGStage(nn.Module):
         return f"nodes={len(self.block_names) + 2}, edge_scale={self.edge_scale}, block_shortcut={self.block_shortcut}"
 
 
-def _run_node(block: nn.Module, weights: Tensor, shortcut: Optional[Tensor], *sources: Tensor) -> Tensor:
-    z = graph.aggregate(list(sources), weights)
+def _run_node(block: nn.Module, weights: Tensor, shortcut: Optional[Tensor], fused: bool, *sources: Tensor) -> Tensor:
+    z = aggregation.aggregate(list(sources), weights, fused)
     return block(z) if shortcut is None else block(z, shortcut)

@@ -29,6 +29,8 @@ class StagePlan:
         blocks: names of the children that become nodes 1..B.
         node0: what node 0's feature is: the graph's input, block 1's shortcut projection, or a new projection.
         in_chs, out_chs, stride: of block 1; ``out_chs`` is every node's.
+        live: numbers that the graph holds at once while it runs, for each number of the stage's input; None where a
+            layer sees maps of one pixel (squeeze-and-excitation), whose rounding depends on the size of the batch.
     """
 
     name: str
@@ -38,6 +40,7 @@ class StagePlan:
     in_chs: int
     out_chs: int
     stride: int
+    live: Optional[float] = None
 
 
 class Call(NamedTuple):
@@ -174,7 +177,18 @@ def _plan(name: str, container: nn.Module, calls: dict[nn.Module, Call]) -> Opti
         in_chs=source.shape[1],
         out_chs=result.shape[1],
         stride=-(-source.shape[2] // result.shape[2]),
+        live=_live(container, calls, len(names)),
     )
+
+
+def _live(container: nn.Module, calls: dict[nn.Module, Call], blocks: int) -> Optional[float]:
+    """See :class:`StagePlan`: every node's feature, and what the widest layer reads and writes."""
+    inside = [calls[m] for m in container.modules() if m in calls and next(m.children(), None) is None]
+    if any(call.source.shape[2:].numel() == 1 for call in inside):
+        return None
+    source, result = calls[container]
+    widest = max((call.source.numel() + call.result.numel() for call in inside), default=0)
+    return ((blocks + 2) * result.numel() + widest) / source.numel()
 
 
 def _describe(modules: dict[str, nn.Module], calls: dict[nn.Module, Call]) -> str:

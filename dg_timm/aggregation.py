@@ -1,0 +1,258 @@
+"""Aggregation as it runs (paper Eq. 3): the one place that chooses between the reference and what is faster.
+
+A stage hands every feature to :func:`fan_out`, which gives one tensor for each edge that leaves the node, and every node
+reads the edges that enter it with :func:`aggregate`. Where a program is being scripted, traced, exported or compiled,
+both are the reference formulas of :mod:`dg_timm.graph`, for that tool to fuse.
+
+In eager mode they are a pair of autograd functions. Plain autograd would write ``w_ij * g_j`` for every edge and add them
+up, three to five times the traffic of the forward pass. Here the gradient ``g_j`` of a node's input travels back along
+each edge as it is, without a copy, and :class:`FanOut` forms both gradients of a source in one pass over its targets'
+once all of them are there: ``dx_i = sum_j w_ij g_j`` and ``dw_ij = <g_j, x_i>``. (What flows between the two functions
+is therefore no gradient of its own; nothing else reads these tensors.) Double backward takes the reference formulas.
+
+A node's input is not kept for the backward pass but gathered again (:func:`recompute`): its sources are kept anyway.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, List, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from dg_timm import cpu_kernels, graph, map_memory
+
+PATHS = ("kernels", "torch", "reference")
+_path = "kernels"
+
+
+@contextlib.contextmanager
+def path(name: str) -> Iterator[None]:
+    """For tests and benchmarks: aggregate by ``kernels`` (the default), by ``torch``'s operations, or the ``reference``."""
+    global _path
+    if name not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
+    before, _path = _path, name
+    try:
+        yield
+    finally:
+        _path = before
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the stage that reads ``x`` may use what only eager mode can: functions that look at real memory."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return _is_fused(x)
+
+
+@torch.jit.unused
+def _is_fused(x: Tensor) -> bool:
+    return not (
+        _path == "reference"
+        or type(x) not in (Tensor, torch.nn.Parameter)  # fx proxies, fake tensors, subclasses of the user's
+        or x.is_meta
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or x.dtype not in cpu_kernels.SUFFIXES
+    )
+
+
+def fan_out(x: Tensor, row: Tensor, out_degree: int, fused: bool) -> List[Tensor]:
+    """A feature and the weights of its output edges (batch, out-degree) -> a tensor for each edge, for ``aggregate``."""
+    if torch.jit.is_scripting() or not fused:
+        return [x for _ in range(out_degree)]
+    else:
+        return _fan_out(x, row, out_degree)
+
+
+@torch.jit.unused
+def _fan_out(x: Tensor, row: Tensor, out_degree: int) -> List[Tensor]:
+    if torch.is_grad_enabled() and (x.requires_grad or row.requires_grad):
+        return list(FanOut.apply(x, row))
+    return [x] * out_degree
+
+
+def aggregate(sources: List[Tensor], weights: Tensor, fused: bool) -> Tensor:
+    """Eq. 3, as :func:`dg_timm.graph.aggregate`; ``sources`` come from :func:`fan_out` where ``fused``."""
+    if torch.jit.is_scripting() or not fused:
+        return graph.aggregate(sources, weights)
+    else:
+        return _aggregate(sources, weights)
+
+
+@torch.jit.unused
+def _aggregate(sources: List[Tensor], weights: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return Gather.apply(weights.detach(), *sources)
+    return gather(sources, weights)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Global average pool (Eq. 4): (batch, channels, height, width) -> (batch, channels)."""
+    if torch.jit.is_scripting():
+        return graph.pool(x)
+    else:
+        return Pool.apply(x) if _is_fused(x) else graph.pool(x)
+
+
+class Pool(torch.autograd.Function):
+    """The mean of every channel. Backward expands the gradient without writing it out, for the sum it is added to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        kernels, channels_last = _kernels(x), _is_channels_last(x)
+        if kernels is None or not (channels_last or x.is_contiguous()):
+            return graph.pool(x)
+        pooled = x.new_empty(x.shape[:2])
+        kernels.pool(pooled, x, channels_last)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        height, width = ctx.shape[2:]
+        return (gradient / (height * width))[:, :, None, None].expand(ctx.shape)
+
+
+class FanOut(torch.autograd.Function):
+    """A feature, once for each edge that leaves it. Backward: both gradients, from those of the edges' targets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, row)
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for _ in range(row.shape[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        x, row = ctx.saved_tensors
+        read = [j for j, g in enumerate(gradients) if g is not None]
+        if not read:
+            return None, None
+        weights = row if len(read) == row.shape[1] else row[:, read]
+        given = [gradients[j] for j in read]
+        if torch.is_grad_enabled():  # a graph of this backward pass is asked for
+            dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)  # type: ignore[arg-type]
+            dots = [(g * x).flatten(1).sum(1) for g in given]  # type: ignore[operator]
+            dw: Optional[Tensor] = torch.stack(dots, dim=1)
+        else:
+            dx, dw = fan_out_gradients(given, x, weights, *ctx.needs_input_grad)  # type: ignore[arg-type]
+        if dw is not None and len(read) < row.shape[1]:
+            dw = torch.zeros_like(row).index_copy(1, torch.tensor(read, device=row.device), dw.to(row.dtype))
+        return dx, dw
+
+
+class Gather(torch.autograd.Function):
+    """The weighted sum of a node's sources. Backward hands its gradient, unweighted, to every :class:`FanOut`."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> Tensor:
+        return gather(sources, weights)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        return (None, *(gradient if needed else None for needed in ctx.needs_input_grad[1:]))  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------- recomputation
+
+
+@contextlib.contextmanager
+def recompute(z: Tensor, sources: Sequence[Tensor], weights: Tensor) -> Iterator[None]:
+    """While a block runs on ``z``, keep the recipe of ``z`` for the backward pass in its place.
+
+    Where saved tensors have hooks already (activations moved to another device, say) those have their way.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        yield
+        return
+    again = Recipe(z, sources, weights)
+
+    def pack(saved: Tensor) -> object:
+        return again if again.makes(saved) else saved
+
+    def unpack(kept: object) -> Tensor:
+        return kept() if isinstance(kept, Recipe) else kept  # type: ignore[return-value]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class Recipe:
+    """How to gather a node's input once more."""
+
+    def __init__(self, z: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
+        self._like = (z.data_ptr(), z.shape, z.stride(), z.dtype)
+        self._sources, self._weights = [source.detach() for source in sources], weights.detach()
+
+    def makes(self, saved: Tensor) -> bool:
+        return (saved.data_ptr(), saved.shape, saved.stride(), saved.dtype) == self._like
+
+    def __call__(self) -> Tensor:
+        return gather(self._sources, self._weights)
+
+
+# --------------------------------------------------------------------------- the sums themselves, without autograd
+
+
+@torch.no_grad()
+def gather(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``z[b] = sum_i weights[b, i] * sources[i][b]``; (batch, C, H, W), in the layout of the first source."""
+    sources = _alike(sources, sources[0])
+    kernels = _kernels(sources[0])
+    if kernels is None:
+        return graph.aggregate(list(sources), weights)
+    z = map_memory.empty_like(sources[0])
+    kernels.gather(z, sources, _summable(weights, z.dtype))
+    return z
+
+
+@torch.no_grad()
+def fan_out_gradients(
+    gradients: Sequence[Tensor], x: Tensor, weights: Tensor, need_dx: bool = True, need_dw: bool = True
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """``dx[b] = sum_j weights[b, j] * gradients[j][b]`` and ``dw[b, j] = <gradients[j][b], x[b]>``."""
+    x = _alike([x], x)[0]
+    gradients = _alike(gradients, x)
+    kernels = _kernels(x)
+    if kernels is None:
+        dx = graph.aggregate(list(gradients), weights) if need_dx else None
+        flat = [t.permute(0, 2, 3, 1).reshape(len(t), 1, -1) if _is_channels_last(t) else t.reshape(len(t), 1, -1)
+                for t in (x, *gradients)]  # fmt: skip
+        dw = torch.cat([g @ flat[0].mT for g in flat[1:]], dim=1).squeeze(2) if need_dw else None
+        return dx, dw if dw is None else dw.to(weights.dtype)
+    weights_ = _summable(weights, x.dtype)
+    dx, dw = map_memory.empty_like(x) if need_dx else None, torch.empty_like(weights_) if need_dw else None
+    kernels.fan_out(dx, dw, gradients, x, weights_)
+    return dx, dw if dw is None else dw.to(weights.dtype)
+
+
+def _kernels(like: Tensor) -> Optional[cpu_kernels.Kernels]:
+    if _path != "kernels" or like.device.type != "cpu":
+        return None
+    kernels = cpu_kernels.load()
+    return kernels if kernels is not None and like.dtype in kernels.dtypes else None
+
+
+def _summable(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return weights.detach().to(cpu_kernels.sum_dtype(dtype)).contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _alike(maps: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """The maps in the type and (dense) layout of one of them."""
+    layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
+    return [
+        m if m.dtype == like.dtype and m.is_contiguous(memory_format=layout)
+        else m.to(like.dtype).contiguous(memory_format=layout)
+        for m in maps
+    ]  # fmt: skip

@@ -1,0 +1,175 @@
+"""Compiles and calls ``cpu_kernels.c``: aggregation on CPUs at the speed of memory.
+
+Nothing is compiled on import. The first aggregation on a CPU compiles the file with ``$CC``, ``cc``, ``gcc`` or ``clang``
+(about a second), once for each machine and version: the library is kept under ``$XDG_CACHE_HOME/dg_timm`` (by default
+``~/.cache/dg_timm``). Without a compiler, or with ``DG_TIMM_KERNELS=0``, :func:`load` returns None, once with a warning,
+and PyTorch's own operations take over.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+# A fused multiply-add is asked for where torch has one, and nowhere else: results then agree to the bit.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+COMPILERS = ("cc", "gcc", "clang")
+_SECONDS = 120
+
+
+_ADDRESS, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "gather": [_ADDRESS] * 3 + [_COUNT] * 3 + [_THREADS],
+    "gather_images": [_ADDRESS] * 4 + [_COUNT] * 2 + [_THREADS],
+    "fan_out": [_ADDRESS] * 5 + [_COUNT] * 3 + [_THREADS],
+    "pool": [_ADDRESS] * 2 + [_COUNT] * 3 + [ctypes.c_int, _THREADS],
+}
+
+
+class Kernels:
+    """The functions of the library. Maps are (batch, ...) of one shape, type and layout, dense in memory."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        # half precision needs a compiler that knows it
+        self.dtypes = {dtype for dtype, suffix in SUFFIXES.items() if hasattr(library, f"gather_{suffix}")}
+        self._functions = {}
+        for name, arguments in _ARGUMENTS.items():
+            for dtype in self.dtypes:
+                function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
+                function.argtypes = arguments
+                self._functions[name, dtype] = function
+
+    def gather(self, out: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
+        """``out[b] = sum_i weights[b, i] * sources[i][b]``; weights: (batch, n), contiguous, of :func:`sum_dtype`."""
+        batch, n = weights.shape
+        function = self._functions["gather", out.dtype]
+        function(
+            out.data_ptr(), _addresses(sources), weights.data_ptr(), batch, n, _length(out), torch.get_num_threads()
+        )
+
+    def gather_images(self, out: Tensor, sources: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """``out[b] = sum of weight * map`` over (address of one image's map, weight) in ``sources[b]``."""
+        begin = [0]
+        for of_image in sources:
+            begin.append(begin[-1] + len(of_image))
+        addresses = (_ADDRESS * begin[-1])(*[address for of_image in sources for address, _ in of_image])
+        number = ctypes.c_double if out.dtype == torch.float64 else ctypes.c_float
+        weights = (number * begin[-1])(*[weight for of_image in sources for _, weight in of_image])
+        starts = (_COUNT * len(begin))(*begin)
+        function = self._functions["gather_images", out.dtype]
+        function(out.data_ptr(), addresses, weights, starts, len(sources), _length(out), torch.get_num_threads())
+
+    def fan_out(
+        self, dx: Optional[Tensor], dw: Optional[Tensor], gradients: Sequence[Tensor], x: Tensor, weights: Tensor
+    ) -> None:
+        """In one pass ``dx = sum_j weights[:, j] * gradients[j]`` and ``dw[:, j] = <gradients[j], x>`` of every image."""
+        batch, n = weights.shape
+        into = [None if t is None else t.data_ptr() for t in (dx, dw)]
+        function, threads = self._functions["fan_out", x.dtype], torch.get_num_threads()
+        weights_and_sizes = (weights.data_ptr(), batch, n, _length(x), threads)
+        if function(*into, _addresses(gradients), x.data_ptr(), *weights_and_sizes):
+            raise MemoryError("no memory for the gradient of the edge weights; use a smaller batch")
+
+    def pool(self, out: Tensor, x: Tensor, channels_last: bool) -> None:
+        """``out[b, c]`` = the mean of channel c of image b; out: (batch, channels)."""
+        batch, channels, height, width = x.shape
+        sizes = (batch, channels, height * width, channels_last, torch.get_num_threads())
+        self._functions["pool", x.dtype](out.data_ptr(), x.data_ptr(), *sizes)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels take weights in and sum in: float64 for float64 maps, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (_ADDRESS * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _length(maps: Tensor) -> int:
+    return maps[0].numel() if len(maps) else 0
+
+
+@functools.cache
+def load() -> Optional[Kernels]:
+    """The kernels, compiled if need be; None without a compiler (a warning says so, once) or with DG_TIMM_KERNELS=0."""
+    if os.environ.get("DG_TIMM_KERNELS", "1") == "0":
+        return None
+    try:
+        return Kernels(ctypes.CDLL(str(_compiled())))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:300]
+        warnings.warn(
+            f"aggregation runs on PyTorch's own operations, which is slower: its kernels could not be compiled ({reason}). "
+            "Install a C compiler with OpenMP (gcc) or name one in CC; DG_TIMM_KERNELS=0 silences this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _compiled() -> Path:
+    compiler = shlex.split(os.environ.get("CC", "")) or next(([c] for c in COMPILERS if shutil.which(c)), None)
+    if compiler is None or shutil.which(compiler[0]) is None:
+        raise RuntimeError(
+            f"none of {', '.join(COMPILERS)} found" if compiler is None else f"CC={compiler[0]} not found"
+        )
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
+    made_of = (SOURCE.read_bytes(), version, repr((compiler, FLAGS)).encode(), _processor())
+    name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dg_timm"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat()
+        if (
+            (hasattr(os, "getuid") and owner.st_uid != os.getuid())
+            or owner.st_mode & 0o022
+            or not os.access(folder, os.W_OK)
+        ):
+            raise PermissionError(f"{folder} is another user's, or others may write to it")
+    except OSError:  # what is loaded must be what was compiled; a folder of this process's own then
+        folder = Path(tempfile.mkdtemp(prefix="dg_timm-"))
+    library = folder / name
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            built = Path(beside) / name
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            if done.returncode:
+                raise RuntimeError(f"{shlex.join(command)}: {done.stderr or done.returncode}")
+            os.replace(built, library)  # several processes may compile; each puts a whole file in place
+    return library
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    described = sorted(
+        {line for line in lines if line.split("\t")[0].strip() in ("flags", "Features", "model name", "CPU part")}
+    )
+    return "\n".join([platform.machine(), *(described or [platform.processor()])]).encode()
+
+
+def last_cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 * 2**20
+    except (ValueError, OSError, AttributeError):
+        return 32 * 2**20
