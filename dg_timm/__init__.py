@@ -11,7 +11,7 @@ from dg_timm.complexity import complexity
 from dg_timm.convert import dynamize
 from dg_timm.cost import cost
 from dg_timm.hub import save_pretrained
-from dg_timm.introspect import adjacency, set_execution, set_threshold
+from dg_timm.introspect import adjacency, fixed_wiring, set_execution, set_threshold
 from dg_timm.publish import push_to_hub
 from dg_timm.version import __version__
 from dg_timm.wiring import draw_wiring
@@ -25,6 +25,7 @@ __all__ = [
     "cost",
     "draw_wiring",
     "dynamize",
+    "fixed_wiring",
     "push_to_hub",
     "save_pretrained",
     "set_execution",

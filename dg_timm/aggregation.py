@@ -107,7 +107,7 @@ class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape = x.shape
-        kernels, channels_last = _kernels(x), _is_channels_last(x)
+        kernels, channels_last = kernels_for(x), _is_channels_last(x)
         if kernels is None or not (channels_last or x.is_contiguous()):
             return graph.pool(x)
         pooled = x.new_empty(x.shape[:2])
@@ -204,8 +204,8 @@ class Recipe:
 @torch.no_grad()
 def gather(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``z[b] = sum_i weights[b, i] * sources[i][b]``; (batch, C, H, W), in the layout of the first source."""
-    sources = _alike(sources, sources[0])
-    kernels = _kernels(sources[0])
+    sources = alike(sources, sources[0])
+    kernels = kernels_for(sources[0])
     if kernels is None:
         return graph.aggregate(list(sources), weights)
     z = map_memory.empty_like(sources[0])
@@ -218,9 +218,9 @@ def fan_out_gradients(
     gradients: Sequence[Tensor], x: Tensor, weights: Tensor, need_dx: bool = True, need_dw: bool = True
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """``dx[b] = sum_j weights[b, j] * gradients[j][b]`` and ``dw[b, j] = <gradients[j][b], x[b]>``."""
-    x = _alike([x], x)[0]
-    gradients = _alike(gradients, x)
-    kernels = _kernels(x)
+    x = alike([x], x)[0]
+    gradients = alike(gradients, x)
+    kernels = kernels_for(x)
     if kernels is None:
         dx = graph.aggregate(list(gradients), weights) if need_dx else None
         flat = [t.permute(0, 2, 3, 1).reshape(len(t), 1, -1) if _is_channels_last(t) else t.reshape(len(t), 1, -1)
@@ -233,7 +233,7 @@ def fan_out_gradients(
     return dx, dw if dw is None else dw.to(weights.dtype)
 
 
-def _kernels(like: Tensor) -> Optional[cpu_kernels.Kernels]:
+def kernels_for(like: Tensor) -> Optional[cpu_kernels.Kernels]:
     if _path != "kernels" or like.device.type != "cpu":
         return None
     kernels = cpu_kernels.load()
@@ -248,7 +248,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _alike(maps: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def alike(maps: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """The maps in the type and (dense) layout of one of them."""
     layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
     return [

@@ -1,8 +1,7 @@
 """What a dynamic graph network has to compute for an image, given which edges are open (paper 3.4).
 
-A node all of whose input edges are closed is not run, and a closed edge is not read. Everything else is: stem, head,
-entry blocks, node 0's projection and the routers (whose C x out-degree multiply-adds a node are left out, as in Table
-1).
+A node all of whose input edges are closed is not run, nor is its router, and a closed edge is not read. Everything else
+is: stem, head, entry blocks, node 0's projection and router.
 """
 
 from typing import Optional
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dg_timm.checkpoint import graph_stages
 from dg_timm.introspect import adjacency
+from dg_timm.router import Router
 from dg_timm.stage import DGStage
 from dg_timm.stages import run_on_meta
 
@@ -22,8 +22,9 @@ _LAYERS = (nn.Conv2d, nn.Linear)
 def cost(model: nn.Module, images: Tensor) -> Tensor:
     """(batch,) float64: multiply-adds run for each image, relative to the static network's.
 
-    Counted are convolutions, linear layers, and one multiply-add an element that an open edge reads. A network with
-    every edge open costs a little more than 1.
+    Counted are convolutions, linear layers (routers too), and one multiply-add an element that an open edge reads: what
+    sparse execution runs, and in static execution the fixed wiring. A network with every edge open costs a little more
+    than 1; dense execution always costs that.
 
     Args:
         model: a dynamic graph network; run in eval mode and left as it was.
@@ -45,37 +46,37 @@ def relative_cost(
     stages = graph_stages(model)
 
     def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        if isinstance(module, _LAYERS):
+        if isinstance(module, Router):  # its layer is a function, no call of a module
+            layers[f"{names[module]}.fc"] = module.fc.weight.numel()
+        elif isinstance(module, _LAYERS):
             weight = module.weight[0].numel()
             layers[names[module]] = layers.get(names[module], 0) + out[0].numel() * weight
         elif names.get(module) in stages:
             maps[names[module]] = (args[0][0].numel(), out[0].numel())
 
     run_on_meta(model, count, input_size)
-    routers_and_projections = {
-        f"{stage}.{added}." for stage, graph in stages.items() for added in graph.graph_modules()
-    }
-    added = {name: macs for name, macs in layers.items() if name.startswith(tuple(routers_and_projections))}
-    static = sum(layers.values()) - sum(added.values())
-    projections = sum(macs for name, macs in added.items() if ".projection." in f".{name}")
+    added = tuple(f"{stage}.{name}." for stage, graph in stages.items() for name in graph.graph_modules())
+    static = sum(macs for name, macs in layers.items() if not name.startswith(added))
     some = next(iter(alphas.values()))
-    run = torch.full((some.shape[0],), float(static + projections), dtype=torch.float64, device=some.device)
+    run = torch.full((some.shape[0],), float(sum(layers.values())), dtype=torch.float64, device=some.device)
     for name, graph in stages.items():
         is_open = alphas[name] != 0
+        if graph.execution == "static":
+            is_open = torch.zeros_like(is_open)
+            for target, sources in enumerate(graph.wiring):
+                is_open[:, sources, target] = True
         source, feature = maps[name]
         for node, block in enumerate(graph.block_names, start=1):
-            prefix = f"{name}.{block}."
             own = sum(
-                m
-                for n, m in layers.items()
-                if n.startswith(prefix) and not _is_ready_shortcut(graph, node, n[len(prefix) :])
+                macs
+                for layer, macs in layers.items()
+                if layer.startswith((f"{name}.{block}.", f"{name}.router{node}."))
+                and not _is_ready_shortcut(graph, node, layer.removeprefix(f"{name}.{block}."))
             )
             run -= own * (~is_open[:, :node, node].any(1)).double()
-        n = alphas[name].shape[-1]
-        others = n * (n - 1) // 2 - 1
-        first = (
-            graph.edge_reads(source, feature) - others * feature
-        )  # (0, 1) reads the stage's input, before its stride
+        others = is_open.shape[-1] * (is_open.shape[-1] - 1) // 2 - 1
+        # (0, 1) reads the stage's input, before its stride
+        first = graph.edge_reads(source, feature) - others * feature
         run += first * is_open[:, 0, 1] + feature * (is_open.sum((1, 2)) - is_open[:, 0, 1].long())
     return run / static
 

@@ -60,14 +60,19 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     return soft + (hard - soft).detach()
 
 
-def column(rows: List[Tensor], target: int) -> Tensor:
-    """Weights of the edges that enter node ``target`` from nodes 0..target-1: (batch, target)."""
-    return torch.stack([rows[i][:, target - 1 - i] for i in range(target)], dim=1)
+def complete(num_blocks: int) -> List[List[int]]:
+    """The sources of every node of the complete graph, by target: ``[[], [0], [0, 1], ...]``."""
+    return [list(range(target)) for target in range(num_blocks + 2)]
 
 
-def sources(edges: List[List[Tensor]], target: int) -> List[Tensor]:
-    """What the edges that enter node ``target`` carry, where ``edges[i]`` is that of the edges that leave node i."""
-    return [edges[i][target - 1 - i] for i in range(target)]
+def column(rows: List[Tensor], target: int, sources: List[int]) -> Tensor:
+    """Weights of the edges that enter node ``target`` from ``sources``: (batch, len(sources))."""
+    return torch.stack([rows[i][:, target - 1 - i] for i in sources], dim=1)
+
+
+def carried(edges: List[List[Tensor]], target: int, sources: List[int]) -> List[Tensor]:
+    """What the edges that enter node ``target`` from ``sources`` carry; ``edges[i]`` are those that leave node i."""
+    return [edges[i][target - 1 - i] for i in sources]
 
 
 def reached(weights: Tensor) -> Tensor:

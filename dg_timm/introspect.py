@@ -1,7 +1,7 @@
 """Look at a dynamic graph network and set its threshold."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Optional
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dg_timm import graph
 from dg_timm.checkpoint import graph_stages, routers
-from dg_timm.graph import adjacency_matrix
+from dg_timm.stage import DGStage
 
-EXECUTIONS = ("dense", "sparse")
+EXECUTIONS = ("dense", "sparse", "static")
 
 
 @torch.no_grad()
@@ -33,17 +34,17 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     modes = {module: module.training for module in model.modules()}
-    executions = {stage: stage.is_sparse for stage in graph_stages(model).values()}
+    executions = {stage: (stage.execution, stage.wiring) for stage in graph_stages(model).values()}
     try:
-        for stage in executions:
-            stage.is_sparse = False  # a removed node's router does not run there
+        for stage in executions:  # in the others a router may not run
+            stage.execution, stage.wiring = "dense", graph.complete(len(stage))
         with record_adjacency(model) as recorded:
             model.eval()(images)
     finally:
         for module, training in modes.items():
             module.training = training
-        for stage, is_sparse in executions.items():
-            stage.is_sparse = is_sparse
+        for stage, (execution, wiring) in executions.items():
+            stage.execution, stage.wiring = execution, wiring
     return recorded
 
 
@@ -52,20 +53,21 @@ def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the adjacency of the last forward that runs inside the ``with`` block, at no cost of a second one."""
     stages = require_dynamic(model)
     recorded: dict[str, Tensor] = {}
-    rows: dict[str, list[Tensor]] = {}
-
-    def hook(stage: str, is_last: bool):  # type: ignore[no-untyped-def]
-        def record(module: nn.Module, args: tuple[Tensor, ...], row: Tensor) -> None:
-            rows.setdefault(stage, []).append(row.detach())
-            if is_last:
-                recorded[stage] = adjacency_matrix(rows.pop(stage))
-
-        return record
-
     handles = []
     for name, stage in stages.items():
-        own = list(routers(stage).values())
-        handles += [router.register_forward_hook(hook(name, router is own[-1])) for router in own]
+        rows: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], row: Tensor, rows: list[Tensor] = rows) -> None:
+            rows.append(row.detach())
+
+        def assemble(
+            module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: list[Tensor] = rows
+        ) -> None:
+            recorded[name] = graph.adjacency_matrix(rows)
+            rows.clear()
+
+        handles += [router.register_forward_hook(keep) for router in routers(stage).values()]
+        handles.append(stage.register_forward_hook(assemble))
     try:
         yield recorded
     finally:
@@ -93,26 +95,83 @@ def set_threshold(model: nn.Module, threshold: Optional[float]) -> None:
         router.fixed_threshold = threshold
 
 
-def set_execution(model: nn.Module, execution: str) -> None:
-    """Choose how a model runs: the result is the same, to rounding.
+def set_execution(model: nn.Module, execution: str, wiring: Optional[Mapping[str, Tensor]] = None) -> None:
+    """Choose how a model runs. The choice is not saved with the weights.
 
     Args:
         execution: ``dense`` (the default): every edge is computed and multiplied; it trains, exports and compiles.
-            ``sparse``: for evaluation; image by image, closed edges are not read and removed nodes are not run.
+            ``sparse``: for evaluation, with the same result to rounding; image by image, closed edges are not read and
+            removed nodes are not run. ``static``: a fixed wiring for every image: the edges that are not in it, and the
+            blocks that none of its edges leads through to the output, are left out of the network; it trains, exports
+            and compiles. Edges in it keep the weight that their router gives for the image.
+        wiring: for ``static`` alone, {stage: (N, N) bool, [source, target]}, as from :func:`fixed_wiring`.
 
     Raises:
-        ValueError: for another name, or if the model is static. The model is then left as it was.
+        ValueError: for another name, a wiring that does not fit or does not reach a stage's output, or if the model is
+            static. The model is then left as it was.
     """
     stages = require_dynamic(model)
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
-    for stage in stages.values():
-        stage.is_sparse = execution == "sparse"  # type: ignore[assignment]
+    if (wiring is None) == (execution == "static"):
+        needs = "needs a wiring, {stage: (N, N) bool}: see dg_timm.fixed_wiring" if wiring is None else "takes no wiring"
+        raise ValueError(f"{execution} execution {needs}")
+    if wiring is None:
+        sources = {name: graph.complete(len(stage)) for name, stage in stages.items()}
+    else:
+        if wiring.keys() != stages.keys():
+            raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {', '.join(wiring)}")
+        sources = {name: _sources(name, wiring[name], len(stage) + 2) for name, stage in stages.items()}
+    for name, stage in stages.items():
+        stage.execution, stage.wiring = execution, sources[name]
 
 
-def require_dynamic(model: nn.Module) -> dict[str, nn.Module]:
+def _sources(name: str, wiring: Tensor, nodes: int) -> list[list[int]]:
+    """Of every node the sources of its edges, where both ends lie on a way from input to output."""
+    if not isinstance(wiring, Tensor) or wiring.dtype != torch.bool or wiring.shape != (nodes, nodes):
+        what = f"{tuple(wiring.shape)} {wiring.dtype}" if isinstance(wiring, Tensor) else type(wiring).__name__
+        raise ValueError(f"the wiring of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
+    edges = wiring.cpu().triu(1)
+    if not torch.equal(edges, wiring.cpu()):
+        raise ValueError(f"the wiring of '{name}' must be strictly upper triangular: [source, target], source < target")
+    for node in range(1, nodes - 1):  # in order: what removes one node may remove the next
+        edges[node] &= edges[:, node].any()
+    for node in range(nodes - 2, 0, -1):
+        edges[:, node] &= edges[node].any()
+    if not edges[:, -1].any():
+        raise ValueError(f"the wiring of '{name}' has no way from its input to its output")
+    return [edges[:, target].nonzero().flatten().tolist() for target in range(nodes)]
+
+
+def fixed_wiring(model: nn.Module, batches: Iterable[Tensor], share: float = 0.5) -> dict[str, Tensor]:
+    """One wiring for all images: the edges that are open for at least a share of those of a data set.
+
+    Args:
+        batches: of images, (batch, channels, height, width), as the model takes them.
+        share: from 0 to 1.
+
+    Returns:
+        {stage: (N, N) bool}, for ``set_execution(model, "static", wiring)``.
+
+    Raises:
+        ValueError: if there is no image, the share is not one, or the model is static.
+    """
+    require_dynamic(model)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"share must be a number from 0 to 1, got {share!r}")
+    total, times_open = 0, dict[str, Tensor]()
+    for images in batches:
+        total += len(images)
+        for name, alpha in adjacency(model, images).items():
+            times_open[name] = times_open.get(name, 0) + (alpha != 0).sum(0)
+    if total == 0:
+        raise ValueError("no images: give at least one batch (batch, channels, height, width)")
+    return {name: ((count >= share * total) & (count > 0)) for name, count in times_open.items()}
+
+
+def require_dynamic(model: nn.Module) -> dict[str, DGStage]:
     """The graphs of a model by name; ValueError if it has none."""
     stages = graph_stages(model)
     if not stages:
         raise ValueError(f"{type(model).__name__} is a static network; convert it with dg_timm.dynamize(model)")
-    return dict(stages)
+    return stages

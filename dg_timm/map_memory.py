@@ -11,6 +11,7 @@ import math
 import mmap
 import threading
 import weakref
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,16 +24,20 @@ _idle: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """As ``torch.empty_like`` for a map that is dense in memory: same shape, type and layout, undefined content."""
-    size = x.numel() * x.element_size()
+def empty_like(x: Tensor, batch: Optional[int] = None) -> Tensor:
+    """As ``torch.empty_like`` for a batch of maps that is dense in memory, or for another number of them.
+
+    Same layout, type and device; undefined content.
+    """
+    shape = (len(x) if batch is None else batch, *x.shape[1:])
+    stride = (math.prod(x.shape[1:]), *x.stride()[1:])
+    size = math.prod(shape) * x.element_size()
     if size < SMALLEST or x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty_like(x)
+        return torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
     block = _take(size)
     owner = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(owner, _give_back, block).atexit = False
-    flat = torch.frombuffer(owner, dtype=x.dtype)
-    return flat.as_strided(x.shape, x.stride())
+    return torch.frombuffer(owner, dtype=x.dtype).as_strided(shape, stride)
 
 
 def _take(size: int) -> mmap.mmap:

@@ -7,10 +7,12 @@ nothing to differentiate, trace or export.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dg_timm import aggregation, map_memory
 
 
 class NoGradient(torch.autograd.Function):
@@ -65,7 +67,8 @@ def run(
         (batch, C, H', W').
     """
     everyone = list(range(len(x)))
-    nodes = [Feature(node0, everyone, routers[0](node0).tolist())]
+    x = aggregation.alike([x], node0)[0]
+    nodes = [Feature(aggregation.alike([node0], node0)[0], everyone, routers[0](node0).tolist())]
     for target, block in enumerate(blocks, start=1):
         edges = open_edges(nodes, target, len(x))
         images = [b for b in everyone if edges[b]]
@@ -78,7 +81,7 @@ def run(
         place = [-1] * len(x)
         for k, b in enumerate(images):
             place[b] = k
-        nodes.append(Feature(out, place, routers[target](out).tolist()))
+        nodes.append(Feature(aggregation.alike([out], nodes[0].maps)[0], place, routers[target](out).tolist()))
     return combine(nodes, open_edges(nodes, len(blocks) + 1, len(x)), everyone)
 
 
@@ -95,28 +98,28 @@ def open_edges(nodes: Sequence[Feature], target: int, batch: int) -> Edges:
 
 def combine(nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> Tensor:
     """Eq. 3 for some images: (len(images), C, H, W); zeros for one without an open edge."""
-    like = nodes[0].maps
-    layout = torch.channels_last if like.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    z = torch.empty((len(images), *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
-    by = by_image if like.device.type == "cpu" else by_source
-    by(z, nodes, edges, images)
+    z = map_memory.empty_like(nodes[0].maps, len(images))
+    kernels = aggregation.kernels_for(z)
+    if kernels is not None:
+        addresses = [(node.maps.data_ptr(), node.maps[:1].numel() * z.element_size()) for node in nodes]
+        kernels.gather_images(
+            z,
+            [
+                [(addresses[s][0] + nodes[s].place[image] * addresses[s][1], weight) for s, weight in edges[image]]
+                for image in images
+            ],
+        )
+    else:
+        (by_image if z.device.type == "cpu" else by_source)(z, nodes, edges, images)
     return z
 
 
 def by_image(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:
     """One image after another: its sum stays in the cache while its sources are read, without a copy."""
-    views: list[Optional[tuple[Any, ...]]] = [None] * len(nodes)
     for out, image in zip(z.unbind(0), images, strict=True):
-        if not edges[image]:
-            out.zero_()
-        for number, (source, weight) in enumerate(edges[image]):
-            maps = views[source]
-            if maps is None:
-                maps = views[source] = nodes[source].maps.unbind(0)
-            if number == 0:
-                torch.mul(maps[nodes[source].place[image]], weight, out=out)
-            else:
-                out.add_(maps[nodes[source].place[image]], alpha=weight)
+        out.zero_()
+        for source, weight in edges[image]:
+            out.add_(nodes[source].maps[nodes[source].place[image]], alpha=weight)
 
 
 def by_source(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:

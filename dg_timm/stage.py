@@ -35,6 +35,7 @@ class DGStage(nn.Module):
     # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
     # another and never run the graph.
     __iter__ = None
+    wiring: List[List[int]]
 
     def __init__(
         self,
@@ -50,7 +51,8 @@ class DGStage(nn.Module):
         self.edge_scale = edge_scale
         self.block_shortcut = block_shortcut
         self.grad_checkpointing = False
-        self.is_sparse = False  # set_execution
+        self.execution = "dense"  # set_execution
+        self.wiring = graph.complete(len(plan.blocks))  # the sources of every node; fewer in static execution
         self.num_entry = len(plan.entry)
         self.live = plan.live
         self.block_names = plan.blocks
@@ -119,11 +121,10 @@ class DGStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
 
-        This is the one place that decides what is computed. By default it is dense: every edge is multiplied and every
-        block runs for every image, with no control flow that depends on values, so it scripts, traces, exports and
-        compiles.
+        This is the one place that decides what is computed. By default every edge is multiplied and every block runs for
+        every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
         """
-        if self.is_sparse:
+        if self.execution == "sparse":
             if torch.jit.is_scripting():
                 raise RuntimeError("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
             else:
@@ -176,18 +177,21 @@ class DGStage(nn.Module):
         if x.is_meta:  # only shapes are asked for
             return self.dense(x)
         with torch.no_grad():
-            source = x
-            for child in self[: self.num_entry]:  # type: ignore[union-attr]
-                source = child(source)
-            blocks = [self.get_submodule(name) for name in self.block_names]
-            node0, reads_input, takes_shortcut = source, False, False
-            if hasattr(self, "projection"):
-                node0, reads_input = self.projection(source), True
-            elif hasattr(blocks[0], "projects_shortcut"):
-                node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore[operator]
-            routers = [self.get_submodule(f"router{node}") for node in range(len(blocks) + 1)]
-            out = _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
+            pieces = self.pieces(x)
+            out = torch.cat([self._sparse(piece) for piece in x.chunk(pieces)]) if pieces > 1 else self._sparse(x)
         return _sparse.NoGradient.apply(x, out) if x.requires_grad else out
+
+    def _sparse(self, source: Tensor) -> Tensor:
+        for child in self[: self.num_entry]:  # type: ignore[union-attr]
+            source = child(source)
+        blocks = [self.get_submodule(name) for name in self.block_names]
+        node0, reads_input, takes_shortcut = source, False, False
+        if hasattr(self, "projection"):
+            node0, reads_input = self.projection(source), True
+        elif hasattr(blocks[0], "projects_shortcut"):
+            node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore[operator]
+        routers = [self.get_submodule(f"router{node}") for node in range(len(blocks) + 1)]
+        return _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
 
     def dense(self, x: Tensor) -> Tensor:
         # Written over children(), with hasattr to tell them apart: TorchScript resolves both when it unrolls the loop.
@@ -202,17 +206,22 @@ class DGStage(nn.Module):
                 node, projected = child.downsample(x), True  # once: block 1 takes its shortcut from here
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
-                rows.append(child(node) if len(rows) == 0 else child(node, graph.reached(weights)))
+                if len(rows) == 0:
+                    rows.append(child(node))
+                elif len(self.wiring[len(rows)]) > 0:
+                    rows.append(child(node, graph.reached(weights)))
+                else:  # this node's block did not run, and nothing reads it
+                    rows.append(rows[0])
                 edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))
             elif hasattr(child, "projects_input"):
                 node, projected = child(x), True
             elif index < self.num_entry:
                 x = child(x)
                 node = x
-            else:
+            elif len(self.wiring[len(rows)]) > 0:
                 target = len(rows)
-                weights = graph.column(rows, target)
-                sources = graph.sources(edges, target)
+                weights = graph.column(rows, target, self.wiring[target])
+                sources = graph.carried(edges, target, self.wiring[target])
                 shortcut: Optional[Tensor] = None
                 if target == 1 and projected:
                     if hasattr(child, "projects_shortcut") and self.block_shortcut:
@@ -224,7 +233,9 @@ class DGStage(nn.Module):
                     node = child(aggregation.aggregate(sources, weights, fused), shortcut)
                 else:
                     node = child(aggregation.aggregate(sources, weights, fused))
-        return aggregation.aggregate(graph.sources(edges, len(rows)), graph.column(rows, len(rows)), fused)
+        into_output = self.wiring[len(rows)]
+        sources = graph.carried(edges, len(rows), into_output)
+        return aggregation.aggregate(sources, graph.column(rows, len(rows), into_output), fused)
 
     @torch.jit.unused
     def run_node(

@@ -8,6 +8,7 @@ from torch import nn
 
 import dg_timm
 from dg_timm.checkpoint import graph_stages
+from dg_timm.router import Router
 
 SIZE = (3, 64, 64)
 
@@ -16,10 +17,11 @@ def layers(model, prefix=""):
     """Multiply-adds of every convolution and linear layer that runs, by name."""
     counts, handles = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and ".router" not in name:
+        if isinstance(module, (nn.Conv2d, nn.Linear, Router)):
 
             def count(module, args, out, name=name):
-                counts[name] = out[0].numel() * module.weight[0].numel()
+                weight = module.fc.weight if isinstance(module, Router) else module.weight  # its layer is no call
+                counts[name] = out[0].numel() * weight[0].numel()
 
             handles.append(module.register_forward_hook(count))
     model.eval()(torch.randn(1, *SIZE))
@@ -53,6 +55,7 @@ def test_a_removed_node_saves_its_block_and_its_edges(name):
             module.threshold.fill_(1e-6)
     saved = sum(v for k, v in counts.items() if k.startswith(f"{stage_name}.{stage.block_names[1]}."))
     feature = torch.Size(stage_output(model, stage_name)).numel()
+    saved += counts[f"{stage_name}.router2"]
     saved += (2 + blocks - 1) * feature  # two edges in; those to blocks 3..B and to the output go out
     assert dg_timm.cost(model, torch.randn(1, *SIZE)).item() == pytest.approx(open_cost - saved / static, rel=1e-9)
 

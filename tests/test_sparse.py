@@ -8,7 +8,7 @@ from test_stage import images, make_stage
 from torch import nn
 
 import dg_timm
-from dg_timm import sparse
+from dg_timm import aggregation, sparse
 from dg_timm.stage import DGStage
 
 BIG = 100.0
@@ -28,16 +28,18 @@ def close_at_random(module: nn.Module, openness: float) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("num_blocks", [1, 2, 6])
 @pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
-@pytest.mark.parametrize("by", [sparse.by_image, sparse.by_source])
+@pytest.mark.parametrize("by", ["kernels", "by_image", "by_source"])
 def test_equals_dense(kind, num_blocks, batch, openness, by, monkeypatch):
-    monkeypatch.setattr(sparse, "by_image", by)
+    if by != "kernels":
+        monkeypatch.setattr(aggregation, "kernels_for", lambda like: None)
+        monkeypatch.setattr(sparse, "by_image", getattr(sparse, by))
     for seed in range(3):
         torch.manual_seed(seed)
         stage, x = make_stage(kind, num_blocks), images(kind, batch)
         close_at_random(stage, openness)
         with torch.no_grad():
             wanted = stage(x)
-            stage.is_sparse = True
+            stage.execution = "sparse"
             torch.testing.assert_close(stage(x), wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -77,7 +79,7 @@ def test_a_removed_block_is_not_run_and_an_image_may_skip_all(kind):
             router.threshold.fill_(0.5)
         wanted = stage(x)
         ran.update(dict.fromkeys(ran, 0))
-        stage.is_sparse = True
+        stage.execution = "sparse"
         got = stage(x)
     torch.testing.assert_close(got, wanted)
     assert set(ran.values()) == {0}
@@ -88,7 +90,7 @@ def test_all_edges_into_the_output_closed_gives_zeros():
     with torch.no_grad():
         for router in dg_timm.checkpoint.routers(stage).values():
             router.threshold.fill_(BIG)
-        stage.is_sparse = True
+        stage.execution = "sparse"
         assert (stage(x) == 0).all()
         assert stage(x).shape == x.shape
 
@@ -116,7 +118,7 @@ def test_half_precision(dtype):
     dg_timm.set_threshold(stage, 0.05)
     with torch.no_grad():
         wanted = stage(x)
-        stage.is_sparse = True
+        stage.execution = "sparse"
         torch.testing.assert_close(stage(x), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
 
 
@@ -143,9 +145,9 @@ def model():
 
 def test_an_unknown_name_changes_nothing(model):
     for name in ("fast", "Sparse", None):
-        with pytest.raises(ValueError, match="execution must be one of dense, sparse, got"):
+        with pytest.raises(ValueError, match="execution must be one of dense, sparse, static, got"):
             dg_timm.set_execution(model, name)
-    assert all(stage.is_sparse for stage in dg_timm.checkpoint.graph_stages(model).values())
+    assert all(stage.execution == "sparse" for stage in dg_timm.checkpoint.graph_stages(model).values())
     with pytest.raises(ValueError, match="is a static network"):
         dg_timm.set_execution(timm.create_model("resnet18"), "sparse")
 
@@ -181,5 +183,5 @@ def test_compiled_it_falls_back_to_eager(model):
 def test_dense_is_the_default_and_is_not_saved(model, tmp_path):
     folder = dg_timm.save_pretrained(model, tmp_path / "model")
     again = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert not any(stage.is_sparse for stage in dg_timm.checkpoint.graph_stages(again).values())
+    assert all(stage.execution == "dense" for stage in dg_timm.checkpoint.graph_stages(again).values())
     assert isinstance(next(iter(dg_timm.checkpoint.graph_stages(again).values())), DGStage)
