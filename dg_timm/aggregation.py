@@ -204,6 +204,9 @@ class Recipe:
 @torch.no_grad()
 def gather(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``z[b] = sum_i weights[b, i] * sources[i][b]``; (batch, C, H, W), in the layout of the first source."""
+    shapes = {tuple(source.shape) for source in sources}
+    if len(shapes) > 1 or weights.shape != (len(sources[0]), len(sources)):
+        raise ValueError(f"{len(sources)} maps {sorted(shapes)} and weights {tuple(weights.shape)} do not fit")
     sources = alike(sources, sources[0])
     kernels = kernels_for(sources[0])
     if kernels is None:
@@ -218,6 +221,8 @@ def fan_out_gradients(
     gradients: Sequence[Tensor], x: Tensor, weights: Tensor, need_dx: bool = True, need_dw: bool = True
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """``dx[b] = sum_j weights[b, j] * gradients[j][b]`` and ``dw[b, j] = <gradients[j][b], x[b]>``."""
+    if weights.shape != (len(x), len(gradients)) or any(g.shape != x.shape for g in gradients):
+        raise ValueError(f"gradients {[tuple(g.shape) for g in gradients]} do not fit a map {tuple(x.shape)}")
     x = alike([x], x)[0]
     gradients = alike(gradients, x)
     kernels = kernels_for(x)

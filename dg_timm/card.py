@@ -147,7 +147,7 @@ def _rows(measured: Mapping[str, Any], key: str, row_type: Any, model: str) -> l
     fields = {f.name for f in dataclasses.fields(row_type)}
     shared = {name: value for name, value in measured.items() if name in fields}
     mine = [row for row in measured.get(key, ()) if row.get("model") in (model, model.partition(".")[0])]
-    return [row_type(**shared, **{name: value for name, value in row.items() if name != "model"}) for row in mine]
+    return [row_type(**shared, **{name: value for name, value in row.items() if name in fields}) for row in mine]
 
 
 def render(model: nn.Module, config: Mapping[str, Any], card: Card) -> ModelCard:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm.checkpoint import graph_stages
-from dg_timm.introspect import adjacency
+from dg_timm.introspect import adjacency, as_dense
 from dg_timm.router import Router
 from dg_timm.stage import DGStage
 from dg_timm.stages import run_on_meta
@@ -54,7 +54,8 @@ def relative_cost(
         elif names.get(module) in stages:
             maps[names[module]] = (args[0][0].numel(), out[0].numel())
 
-    run_on_meta(model, count, input_size)
+    with as_dense(model):
+        run_on_meta(model, count, input_size)
     added = tuple(f"{stage}.{name}." for stage, graph in stages.items() for name in graph.graph_modules())
     static = sum(macs for name, macs in layers.items() if not name.startswith(added))
     some = next(iter(alphas.values()))

@@ -34,18 +34,26 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     modes = {module: module.training for module in model.modules()}
-    executions = {stage: (stage.execution, stage.wiring) for stage in graph_stages(model).values()}
     try:
-        for stage in executions:  # in the others a router may not run
-            stage.execution, stage.wiring = "dense", graph.complete(len(stage))
-        with record_adjacency(model) as recorded:
+        with as_dense(model), record_adjacency(model) as recorded:
             model.eval()(images)
     finally:
         for module, training in modes.items():
             module.training = training
-        for stage, (execution, wiring) in executions.items():
-            stage.execution, stage.wiring = execution, wiring
     return recorded
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[None]:
+    """Every block and router runs inside the ``with`` block, whatever the execution."""
+    chosen = {stage: (stage.execution, stage.wiring) for stage in graph_stages(model).values()}
+    try:
+        for stage in chosen:
+            stage.execution, stage.wiring = "dense", graph.complete(len(stage.block_names))
+        yield
+    finally:
+        for stage, (execution, wiring) in chosen.items():
+            stage.execution, stage.wiring = execution, wiring
 
 
 @contextmanager
@@ -114,14 +122,16 @@ def set_execution(model: nn.Module, execution: str, wiring: Optional[Mapping[str
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
     if (wiring is None) == (execution == "static"):
-        needs = "needs a wiring, {stage: (N, N) bool}: see dg_timm.fixed_wiring" if wiring is None else "takes no wiring"
+        needs = (
+            "needs a wiring, {stage: (N, N) bool}: see dg_timm.fixed_wiring" if wiring is None else "takes no wiring"
+        )
         raise ValueError(f"{execution} execution {needs}")
     if wiring is None:
-        sources = {name: graph.complete(len(stage)) for name, stage in stages.items()}
+        sources = {name: graph.complete(len(stage.block_names)) for name, stage in stages.items()}
     else:
         if wiring.keys() != stages.keys():
             raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {', '.join(wiring)}")
-        sources = {name: _sources(name, wiring[name], len(stage) + 2) for name, stage in stages.items()}
+        sources = {name: _sources(name, wiring[name], len(stage.block_names) + 2) for name, stage in stages.items()}
     for name, stage in stages.items():
         stage.execution, stage.wiring = execution, sources[name]
 

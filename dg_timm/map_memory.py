@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20  # bytes; the C library keeps smaller blocks itself
+SMALLEST = 2**22  # bytes; for smaller maps this costs more than it saves
 MOST_IDLE = 2**28  # bytes kept though no tensor uses them
 _PAGES = 2**21
 

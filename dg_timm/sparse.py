@@ -67,7 +67,7 @@ def run(
         (batch, C, H', W').
     """
     everyone = list(range(len(x)))
-    x = aggregation.alike([x], node0)[0]
+    x = aggregation.alike([x], x)[0]
     nodes = [Feature(aggregation.alike([node0], node0)[0], everyone, routers[0](node0).tolist())]
     for target, block in enumerate(blocks, start=1):
         edges = open_edges(nodes, target, len(x))

@@ -1,178 +1,179 @@
-"""Time networks of the zoo against their static twins, interleaved in one run.
+"""Time networks beside each other: static and dynamic, in one run, each in its turn.
 
-    python train_scripts/benchmark.py dg_resnet50 dg_regnetx_016
-    python train_scripts/benchmark.py --zoo --json results/inference_cpu.json
-    python train_scripts/benchmark.py dg_resnet50 --execution sparse --removed 0.5 --batch-size 1
+    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode inference training
+    python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
+    python train_scripts/benchmark.py dg_resnet50 --sweep --plot results/sparse.png
+    python train_scripts/benchmark.py dg_resnet50 --memory --mode training
+    python train_scripts/benchmark.py dg_resnet50 dg_resnet101 --aggregation
+    python train_scripts/benchmark.py --zoo --edges identity --json results/inference_cpu.json
 
-Every dynamic network is the identity conversion of its (randomly initialised) twin and must predict what that predicts
-before anything is timed. A round times both, each first in every other round. Prints a Markdown table: medians in
-milliseconds an image, the median of the ratios of the rounds, and its quartiles.
+A model is a name of timm's or of the zoo, with the execution after a colon (``dg_resnet50:sparse``; dense without). The
+static twin of every dynamic network takes part, and ratios are against it. A round runs every model once, in an order
+that turns round every time; the table has medians, the median of the rounds' ratios, and its quartiles.
 
-``--removed F`` wires every image at random so that a share F of the blocks is removed, other blocks in each image, and
-prints the multiply-adds that remain (``dg_timm.cost``) beside the time; sparse execution must then predict what dense
-does.
+Nothing is timed before it predicts what it must: an identity conversion bit for bit what its twin predicts (float32),
+then, with the weights that are timed, what the reference formulas give. ``--edges open`` (the default) gives every edge
+a weight; ``identity`` times the conversion, in which the kernels do not read the edges of weight 0. ``--removed F``
+draws new random paths past a share F of the blocks for every image and round, and prints the share of the static
+network's multiply-adds that remains. The column *limit* is 1 + the least time that aggregation's memory traffic takes at
+the copy bandwidth measured in the same run, in units of the static network's time.
 """
 
 import argparse
-import gc
+import itertools
 import json
 import os
-import platform
-import time
-from itertools import pairwise
+import subprocess
+import sys
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, Optional
+from typing import Any
 
+import benchmark_aggregation
+import benchmark_models as models
+import benchmark_report as report
 import timm
 import torch
-from torch import Tensor, nn
 
 import dg_timm
-from dg_timm.checkpoint import graph_stages
-from dg_timm.cost import relative_cost
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SWEEP = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 
 
 def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(models.peak_memory(args.memory_of, settings(args)[0])))
+        return
+    result: dict[str, Any] = report.provenance(args)
+    try:
+        if args.aggregation:
+            result["aggregation"] = benchmark_aggregation.measure(specs(args), settings(args), args.rounds)
+            print(report.table(result["aggregation"], report.AGGREGATION))
+        elif args.memory:
+            result["memory"] = [row for setting in settings(args) for row in memory(args, setting)]
+            print(report.table(result["memory"], report.MEMORY))
+        elif args.sweep:
+            result["sweep"] = [
+                {**row, "removed": share}
+                for setting, name, share in itertools.product(settings(args), specs(args), SWEEP)
+                for row in models.measure([name], {**setting, "removed": share}, args.rounds)
+            ]
+            print(report.table(result["sweep"], report.TIMES))
+            result["fits"] = report.fits(result["sweep"])
+            print(report.table(result["fits"], report.FITS))
+        else:
+            result["times"] = []
+            header = True
+            for setting in settings(args):
+                groups = [[name] for name in specs(args)] if args.zoo else [specs(args)]
+                for group in groups:
+                    rows = models.measure(group, setting, args.rounds)
+                    print(report.table(rows, report.TIMES, header=header), flush=True)
+                    result["times"] += rows
+                    header = False
+    except (models.Refused, torch.OutOfMemoryError) as error:
+        sys.exit(f"benchmark.py: {error}")
+    if args.json:
+        report.write(args.json, json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        report.plot(args.plot, result)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="for example dg_resnet50")
-    parser.add_argument("--zoo", action="store_true", help="every model of the zoo")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=224, help="pixels")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--execution", choices=dg_timm.introspect.EXECUTIONS, default="dense")
-    parser.add_argument("--removed", type=float, metavar="F", help="share of the blocks to remove for every image")
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("models", nargs="*", metavar="MODEL[:EXECUTION]", help="for example dg_resnet50:sparse")
+    parser.add_argument("--zoo", action="store_true", help="every model of the zoo, one after another")
+    parser.add_argument("--mode", nargs="+", choices=("inference", "training"), default=["inference"])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    parser.add_argument("--image-size", type=int, nargs="+", default=[224], help="pixels")
+    parser.add_argument("--layout", nargs="+", choices=tuple(LAYOUTS), default=["nchw"])
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32"], help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--edges", choices=("open", "identity"), default="open")
+    parser.add_argument("--removed", type=float, metavar="F", help="share of the blocks to remove for every image")
+    parser.add_argument("--sweep", action="store_true", help="sparse execution from nothing to 90 %% removed")
+    parser.add_argument("--memory", action="store_true", help="peak memory, each model in a process of its own")
+    parser.add_argument("--aggregation", action="store_true", help="aggregation alone, beside a copy")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw them into this file (needs dg-timm[plots])")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    names = dg_names(parser, args)
-    for option in ("batch_size", "image_size", "rounds", "threads"):
-        if getattr(args, option) < (3 if option == "rounds" else 1):
-            parser.error(f"--{option.replace('_', '-')} is too small: {getattr(args, option)}")
+    check(parser, args)
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.zoo == bool(args.models) and not args.memory_of:
+        parser.error("give models, or --zoo")
+    for spec in args.models:
+        name, _, execution = spec.partition(":")
+        if not timm.is_model(name):
+            near = (
+                ", ".join(timm.list_models(f"*{name.removeprefix('dg_')[:8]}*")[:8])
+                or "timm.list_models() has them all"
+            )
+            parser.error(f"there is no model {name!r}; near it: {near}")
+        if execution and (execution not in dg_timm.introspect.EXECUTIONS or not name.startswith("dg_")):
+            executions = ", ".join(dg_timm.introspect.EXECUTIONS)
+            parser.error(f"{spec!r}: the execution of a dg_ model is one of {executions}")
+    for option, least in {"batch_size": 1, "image_size": 32, "rounds": 3, "threads": 1}.items():
+        given = getattr(args, option)
+        for value in given if isinstance(given, list) else [given]:
+            if value < least:
+                parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     if args.removed is not None and not 0 <= args.removed <= 1:
         parser.error(f"--removed is a share from 0 to 1, got {args.removed}")
-    torch.set_num_threads(args.threads)
+    if (args.removed is not None or args.sweep) and "training" in args.mode:
+        parser.error("--removed and --sweep are for inference: the wiring is imposed, not trained")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
+    for path in (args.json, args.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"there is no folder {path.parent} to write {path.name} to")
 
-    print(f"| {'model':20} | static ms | dynamic ms | ratio | quartiles |\n|---|---|---|---|---|", flush=True)
-    rows = []
-    for name in names:
-        row = measure(name, args)
-        rows.append({"model": name, **row})
-        print(
-            f"| {name:20} | {row['static_ms']:.2f} | {row['dynamic_ms']:.2f} | {row['ratio']:.3f} "
-            f"| {row['low']:.3f} to {row['high']:.3f} |" + (f" {row['cost']:.3f} |" if "cost" in row else ""),
-            flush=True,
+
+def specs(args: argparse.Namespace) -> list[str]:
+    names = list(args.models) or [f"dg_{variant}" for variant in dg_timm.zoo.VARIANTS]
+    return [f"{name}:sparse" if args.sweep and ":" not in name else name for name in names]
+
+
+def settings(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every combination of what was given several values for."""
+    product = itertools.product(args.mode, args.batch_size, args.image_size, args.layout, args.dtype)
+    return [
+        dict(
+            mode=mode, batch_size=batch, image_size=size, layout=layout, dtype=dtype, compile=args.compile,
+            device=args.device, edges=args.edges, removed=args.removed,
         )
-    if args.json:
-        options = f"--execution {args.execution} --batch-size {args.batch_size} --image-size {args.image_size}"
-        options += f" --removed {args.removed}" if args.removed is not None else ""
-        options += " --channels-last" if args.channels_last else ""
-        result = {
-            "command": f"train_scripts/benchmark.py {'--zoo' if args.zoo else ' '.join(names)} {options} "
-            f"--rounds {args.rounds}",
-            "hardware": f"{args.threads} threads on {os.cpu_count()} CPU cores ({platform.machine()}), float32",
-            "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-            f"dg_timm {dg_timm.__version__}",
-            "batch_size": args.batch_size,
-            "image_size": args.image_size,
-            "rounds": args.rounds,
-            "times": rows,
-        }
-        beside = args.json.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(args.json)
+        for mode, batch, size, layout, dtype in product
+    ]  # fmt: skip
 
 
-def dg_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    if args.zoo == bool(args.models):
-        parser.error("give models, or --zoo")
-    zoo = timm.list_models("dg_*")
-    unknown = [name for name in args.models if name not in zoo]
-    if unknown:
-        parser.error(f"{unknown[0]} is not in the zoo; choose from {', '.join(zoo)}")
-    return args.models or [f"dg_{variant}" for variant in dg_timm.zoo.VARIANTS]
-
-
-@torch.inference_mode()
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds an image of a network and of its static twin."""
-    torch.manual_seed(0)
-    batch_size, rounds = args.batch_size, args.rounds
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    static = timm.create_model(name.removeprefix("dg_")).eval().to(memory_format=layout)
-    weights = dict(state_dict=static.state_dict())
-    dynamic = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights).eval().to(memory_format=layout)
-    images = torch.randn(batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=layout)
-    wanted, share = static(images), {}
-    if args.removed is not None:
-        alphas = random_wiring(dynamic, batch_size, args.removed)
-        share["cost"] = round(relative_cost(dynamic, alphas, (3, *images.shape[2:])).mean().item(), 4)
-        overrule(dynamic, alphas)
-        wanted = dynamic(images)
-    dg_timm.set_execution(dynamic, args.execution)
-    got = dynamic(images)
-    exact = args.removed is None and args.execution == "dense"
-    if not (torch.equal(got, wanted) if exact else torch.allclose(got, wanted, 1e-3, 1e-3 * float(wanted.abs().max()))):
-        raise RuntimeError(f"{name} does not predict what it should; nothing was timed")
-    seconds(static, images), seconds(dynamic, images)  # warm up
-    times: dict[str, list[float]] = {"static": [], "dynamic": []}
-    for number in range(rounds):
-        order = [("static", static), ("dynamic", dynamic)]
-        for key, model in order if number % 2 == 0 else reversed(order):
-            times[key].append(1000 * seconds(model, images) / batch_size)
-    ratios = [b / a for a, b in zip(times["static"], times["dynamic"], strict=True)]
-    low, _, high = quantiles(ratios, n=4)
-    gc.collect()
-    return {
-        "static_ms": round(median(times["static"]), 2),
-        "dynamic_ms": round(median(times["dynamic"]), 2),
-        "ratio": round(median(ratios), 3),
-        "low": round(low, 3),
-        "high": round(high, 3),
-        **share,
-    }
-
-
-class FixedWiring(nn.Module):
-    """A router that runs as before and is overruled: by rows of the batch, in which a removed node's are 0."""
-
-    def __init__(self, router: nn.Module, rows: Tensor) -> None:
-        super().__init__()
-        self.router, self.rows, self.out_degree = router, rows, rows.shape[1]
-
-    def forward(self, x: Tensor, reached: Optional[Tensor] = None) -> Tensor:
-        self.router(x)
-        return self.rows if len(x) == len(self.rows) else self.rows[self.rows.any(1)]
-
-
-def random_wiring(model: nn.Module, batch: int, removed: float) -> dict[str, Tensor]:
-    """Adjacency matrices: for every image a chain past a random choice of blocks."""
-    alphas = {}
-    for name, stage in graph_stages(model).items():
-        blocks = len(stage)
-        alpha = torch.zeros(batch, blocks + 2, blocks + 2)
-        for image in range(batch):
-            gone = int(blocks * removed + float(torch.rand(())))  # on average the share, also of three blocks
-            kept = sorted((torch.randperm(blocks)[gone:] + 1).tolist())
-            nodes = [0, *kept, blocks + 1]
-            for source, target in pairwise(nodes):
-                alpha[image, source, target] = 1.0
-        alphas[name] = alpha
-    return alphas
-
-
-def overrule(model: nn.Module, alphas: dict[str, Tensor]) -> None:
-    for name, stage in graph_stages(model).items():
-        for node in range(len(stage) + 1):
-            router = stage.get_submodule(f"router{node}")
-            setattr(stage, f"router{node}", FixedWiring(router, alphas[name][:, node, node + 1 :]))
-
-
-def seconds(model: nn.Module, images: Tensor) -> float:
-    start = time.perf_counter()
-    model(images)
-    return time.perf_counter() - start
+def memory(args: argparse.Namespace, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Peak memory of every model, of the static twins first."""
+    rows: list[dict[str, Any]] = []
+    for spec in models.with_twins(specs(args)):
+        command = [sys.executable, __file__, "--memory-of", spec, "--threads", str(args.threads), "--edges", args.edges]
+        for option in ("mode", "batch_size", "image_size", "layout", "dtype", "device"):
+            command += [f"--{option.replace('_', '-')}", str(setting[option])]
+        command += ["--compile"] if setting["compile"] else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+            killed = " (out of memory?): use a smaller --batch-size" if done.returncode == -9 else ""
+            raise models.Refused(f"{spec} could not be measured: {said}{killed}")
+        row = {"model": spec, **setting, **json.loads(done.stdout.splitlines()[-1])}
+        twin = next((r for r in rows if r["model"] == models.twin(spec)), row)
+        rows.append({**row, "ratio": round(row["peak_mib"] / twin["peak_mib"], 3)})
+    return rows
 
 
 if __name__ == "__main__":
