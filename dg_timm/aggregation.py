@@ -15,7 +15,7 @@ A node's input is not kept for the backward pass but gathered again (:func:`reco
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -93,31 +93,41 @@ def _aggregate(sources: List[Tensor], weights: Tensor) -> Tensor:
     return gather(sources, weights)
 
 
-def pool(x: Tensor) -> Tensor:
-    """Global average pool (Eq. 4): (batch, channels, height, width) -> (batch, channels)."""
-    if torch.jit.is_scripting():
-        return graph.pool(x)
+def pool(x: Tensor, fused: bool) -> Tuple[Tensor, Tensor]:
+    """A feature, for :func:`fan_out`, and its global average pool (batch, channels), for the router (Eq. 4)."""
+    if torch.jit.is_scripting() or not fused:
+        return x, graph.pool(x)
     else:
-        return Pool.apply(x) if _is_fused(x) else graph.pool(x)
+        return _pool(x)
+
+
+@torch.jit.unused
+def _pool(x: Tensor) -> Tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return Pool.apply(x)
+    return x, pooled(x)
 
 
 class Pool(torch.autograd.Function):
-    """The mean of every channel. Backward expands the gradient without writing it out, for the sum it is added to."""
+    """A feature and the mean of its channels. Backward adds the gradient of the mean to that of the feature in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        kernels, channels_last = kernels_for(x), _is_channels_last(x)
-        if kernels is None or not (channels_last or x.is_contiguous()):
-            return graph.pool(x)
-        pooled = x.new_empty(x.shape[:2])
-        kernels.pool(pooled, x, channels_last)
-        return pooled
+    def forward(ctx: Any, x: Tensor) -> Tuple[Tensor, Tensor]:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        return x.detach(), pooled(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Optional[Tensor], of_mean: Optional[Tensor]) -> Optional[Tensor]:
+        if of_mean is None:
+            return gradient
         height, width = ctx.shape[2:]
-        return (gradient / (height * width))[:, :, None, None].expand(ctx.shape)
+        spread = (of_mean / (height * width))[:, :, None, None].expand(ctx.shape)
+        if gradient is None:
+            return spread
+        if torch.is_grad_enabled():
+            return gradient + spread
+        return gradient.add_(spread)  # FanOut wrote it for this alone
 
 
 class FanOut(torch.autograd.Function):
@@ -214,6 +224,17 @@ def gather(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     z = map_memory.empty_like(sources[0])
     kernels.gather(z, sources, _summable(weights, z.dtype))
     return z
+
+
+@torch.no_grad()
+def pooled(x: Tensor) -> Tensor:
+    """The mean of every channel: (batch, channels, height, width) -> (batch, channels)."""
+    kernels, channels_last = kernels_for(x), _is_channels_last(x)
+    if kernels is None or not (channels_last or x.is_contiguous()):
+        return graph.pool(x)
+    means = x.new_empty(x.shape[:2])
+    kernels.pool(means, x, channels_last)
+    return means
 
 
 @torch.no_grad()

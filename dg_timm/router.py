@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dg_timm import aggregation
 from dg_timm.graph import edge_weights
 
 
 class Router(nn.Module):
-    """Global average pool, one fully-connected layer, sigmoid, times a learned scale per edge, cut at a threshold.
+    """One fully-connected layer on the pooled feature, sigmoid, times a learned scale per edge, cut at a threshold.
 
     Args:
         in_chs: channels of the node's feature.
@@ -54,8 +53,8 @@ class Router(nn.Module):
                 in_degree = self.first_target + k
                 self.scale[k] = 2.0 * (k == 0) if identity else 2.0 / in_degree
 
-    def forward(self, x: Tensor, reached: Optional[Tensor] = None) -> Tensor:
-        """Weights of the edges that leave this node: (batch, channels, height, width) -> (batch, out-degree).
+    def forward(self, pooled: Tensor, reached: Optional[Tensor] = None) -> Tensor:
+        """Weights of the edges that leave this node: its pooled feature (batch, channels) -> (batch, out-degree).
 
         ``reached``: (batch, 1) bool, False for the images for which this node is removed.
         """
@@ -63,7 +62,7 @@ class Router(nn.Module):
         fixed = self.fixed_threshold
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)
-        logits = F.linear(aggregation.pool(x), self.fc.weight, self.fc.bias)
+        logits = F.linear(pooled, self.fc.weight, self.fc.bias)
         return edge_weights(logits, self.scale, threshold, reached)
 
     def extra_repr(self) -> str:

@@ -59,7 +59,7 @@ def run(
         x: (batch, in_chs, H, W), what block 1 reads along edge (0, 1) if ``reads_input``.
         node0: (batch, C, H', W'), the feature of node 0.
         blocks: of nodes 1..B.
-        routers: of nodes 0..B.
+        routers: of nodes 0..B, which take pooled features.
         takes_shortcut: whether block 1 takes ``weight * node0`` as its shortcut.
         reads_input: whether node 0's feature is a projection, which block 1 does not read.
 
@@ -68,7 +68,7 @@ def run(
     """
     everyone = list(range(len(x)))
     x = aggregation.alike([x], x)[0]
-    nodes = [Feature(aggregation.alike([node0], node0)[0], everyone, routers[0](node0).tolist())]
+    nodes = [Feature(aggregation.alike([node0], node0)[0], everyone, routers[0](aggregation.pooled(node0)).tolist())]
     for target, block in enumerate(blocks, start=1):
         edges = open_edges(nodes, target, len(x))
         images = [b for b in everyone if edges[b]]
@@ -81,7 +81,11 @@ def run(
         place = [-1] * len(x)
         for k, b in enumerate(images):
             place[b] = k
-        nodes.append(Feature(aggregation.alike([out], nodes[0].maps)[0], place, routers[target](out).tolist()))
+        nodes.append(
+            Feature(
+                aggregation.alike([out], nodes[0].maps)[0], place, routers[target](aggregation.pooled(out)).tolist()
+            )
+        )
     return combine(nodes, open_edges(nodes, len(blocks) + 1, len(x)), everyone)
 
 

@@ -207,9 +207,11 @@ class DGStage(nn.Module):
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
                 if len(rows) == 0:
-                    rows.append(child(node))
+                    node, pooled = aggregation.pool(node, fused)
+                    rows.append(child(pooled))
                 elif len(self.wiring[len(rows)]) > 0:
-                    rows.append(child(node, graph.reached(weights)))
+                    node, pooled = aggregation.pool(node, fused)
+                    rows.append(child(pooled, graph.reached(weights)))
                 else:  # this node's block did not run, and nothing reads it
                     rows.append(rows[0])
                 edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))
