@@ -1,25 +1,28 @@
 """Aggregation as it runs (paper Eq. 3): the one place that chooses between the reference and what is faster.
 
-A stage hands every feature to :func:`fan_out`, which gives one tensor for each edge that leaves the node, and every node
-reads the edges that enter it with :func:`aggregate`. Where a program is being scripted, traced, exported or compiled,
-both are the reference formulas of :mod:`dg_timm.graph`, for that tool to fuse.
+A stage hands every feature to :func:`fan_out`, which gives one tensor for each edge that leaves the node, and every
+node reads the edges that enter it with :func:`aggregate`. Where a program is being scripted, traced, exported or
+compiled, both are the reference formulas of :mod:`dg_timm.graph`, for that tool to fuse.
 
-In eager mode they are a pair of autograd functions. Plain autograd would write ``w_ij * g_j`` for every edge and add them
-up, three to five times the traffic of the forward pass. Here the gradient ``g_j`` of a node's input travels back along
-each edge as it is, without a copy, and :class:`FanOut` forms both gradients of a source in one pass over its targets'
-once all of them are there: ``dx_i = sum_j w_ij g_j`` and ``dw_ij = <g_j, x_i>``. (What flows between the two functions
-is therefore no gradient of its own; nothing else reads these tensors.) Double backward takes the reference formulas.
+In eager mode they are a pair of autograd functions. Plain autograd would write ``w_ij * g_j`` for every edge and add
+them up, three to five times the traffic of the forward pass. Here the gradient ``g_j`` of a node's input travels back
+along each edge as it is, without a copy, and :class:`FanOut` forms both gradients of a source in one pass over its
+targets' once all of them are there: ``dx_i = sum_j w_ij g_j`` and ``dw_ij = <g_j, x_i>``. (What flows between the two
+functions is therefore no gradient of its own; nothing else reads these tensors.) Double backward takes the reference
+formulas.
 
 A node's input is not kept for the backward pass but gathered again (:func:`recompute`): its sources are kept anyway.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import cpu_kernels, graph, map_memory
@@ -30,7 +33,7 @@ _path = "kernels"
 
 @contextlib.contextmanager
 def path(name: str) -> Iterator[None]:
-    """For tests and benchmarks: aggregate by ``kernels`` (the default), by ``torch``'s operations, or the ``reference``."""
+    """For tests and benchmarks: ``kernels`` (the default), ``torch``'s operations, or the ``reference`` formulas."""
     global _path
     if name not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
@@ -64,7 +67,7 @@ def _is_fused(x: Tensor) -> bool:
 
 
 def fan_out(x: Tensor, row: Tensor, out_degree: int, fused: bool) -> List[Tensor]:
-    """A feature and the weights of its output edges (batch, out-degree) -> a tensor for each edge, for ``aggregate``."""
+    """A feature and the weights of its edges (batch, out-degree) -> a tensor for each edge, for ``aggregate``."""
     if torch.jit.is_scripting() or not fused:
         return [x for _ in range(out_degree)]
     else:
@@ -109,7 +112,8 @@ def _pool(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 class Pool(torch.autograd.Function):
-    """A feature and the mean of its channels. Backward adds the gradient of the mean to that of the feature in place."""
+    """A feature and the mean of its channels. Backward adds the gradient of the mean to that of the feature in
+    place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -146,13 +150,13 @@ class FanOut(torch.autograd.Function):
         if not read:
             return None, None
         weights = row if len(read) == row.shape[1] else row[:, read]
-        given = [gradients[j] for j in read]
+        given = [g for g in gradients if g is not None]
         if torch.is_grad_enabled():  # a graph of this backward pass is asked for
-            dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)  # type: ignore[arg-type]
-            dots = [(g * x).flatten(1).sum(1) for g in given]  # type: ignore[operator]
+            dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)
+            dots = [(g * x).flatten(1).sum(1) for g in given]
             dw: Optional[Tensor] = torch.stack(dots, dim=1)
         else:
-            dx, dw = fan_out_gradients(given, x, weights, *ctx.needs_input_grad)  # type: ignore[arg-type]
+            dx, dw = fan_out_gradients(given, x, weights, *ctx.needs_input_grad)
         if dw is not None and len(read) < row.shape[1]:
             dw = torch.zeros_like(row).index_copy(1, torch.tensor(read, device=row.device), dw.to(row.dtype))
         return dx, dw
@@ -166,8 +170,8 @@ class Gather(torch.autograd.Function):
         return gather(sources, weights)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
-        return (None, *(gradient if needed else None for needed in ctx.needs_input_grad[1:]))  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        return (None, *(gradient if needed else None for needed in ctx.needs_input_grad[1:]))
 
 
 # --------------------------------------------------------------------------- recomputation
@@ -230,7 +234,7 @@ def gather(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
 def pooled(x: Tensor) -> Tensor:
     """The mean of every channel: (batch, channels, height, width) -> (batch, channels)."""
     kernels, channels_last = kernels_for(x), _is_channels_last(x)
-    if kernels is None or not (channels_last or x.is_contiguous()):
+    if kernels is None or x.device.type != "cpu" or not (channels_last or x.is_contiguous()):
         return graph.pool(x)
     means = x.new_empty(x.shape[:2])
     kernels.pool(means, x, channels_last)
@@ -259,11 +263,29 @@ def fan_out_gradients(
     return dx, dw if dw is None else dw.to(weights.dtype)
 
 
-def kernels_for(like: Tensor) -> Optional[cpu_kernels.Kernels]:
-    if _path != "kernels" or like.device.type != "cpu":
+def kernels_for(like: Tensor) -> Any:
+    """The kernels for maps like this one (with ``gather`` and ``fan_out``); None where PyTorch's operations do."""
+    if _path != "kernels" or like.device.type not in ("cpu", "cuda"):
         return None
-    kernels = cpu_kernels.load()
+    kernels = cpu_kernels.load() if like.device.type == "cpu" else _cuda_kernels()
     return kernels if kernels is not None and like.dtype in kernels.dtypes else None
+
+
+@functools.cache
+def _cuda_kernels() -> Any:
+    if os.environ.get("DG_TIMM_KERNELS", "1") == "0":
+        return None
+    try:
+        from dg_timm import cuda_kernels
+    except ImportError as error:
+        warnings.warn(
+            f"aggregation on GPUs runs on PyTorch's own operations, which is slower: {error}. Install triton, or set "
+            "DG_TIMM_KERNELS=0 to silence this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return cuda_kernels.Kernels()
 
 
 def _summable(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,9 @@
 """Compiles and calls ``cpu_kernels.c``: aggregation on CPUs at the speed of memory.
 
-Nothing is compiled on import. The first aggregation on a CPU compiles the file with ``$CC``, ``cc``, ``gcc`` or ``clang``
-(about a second), once for each machine and version: the library is kept under ``$XDG_CACHE_HOME/dg_timm`` (by default
-``~/.cache/dg_timm``). Without a compiler, or with ``DG_TIMM_KERNELS=0``, :func:`load` returns None, once with a warning,
-and PyTorch's own operations take over.
+Nothing is compiled on import. The first aggregation on a CPU compiles the file with ``$CC``, ``cc``, ``gcc`` or
+``clang`` (about a second), once for each machine and version: the library is kept under ``$XDG_CACHE_HOME/dg_timm`` (by
+default ``~/.cache/dg_timm``). Without a compiler, or with ``DG_TIMM_KERNELS=0``, :func:`load` returns None, once with a
+warning, and PyTorch's own operations take over.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ class Kernels:
     def fan_out(
         self, dx: Optional[Tensor], dw: Optional[Tensor], gradients: Sequence[Tensor], x: Tensor, weights: Tensor
     ) -> None:
-        """In one pass ``dx = sum_j weights[:, j] * gradients[j]`` and ``dw[:, j] = <gradients[j], x>`` of every image."""
+        """In one pass ``dx = sum_j weights[:, j] * gradients[j]`` and ``dw[:, j] = <gradients[j], x>``, by image."""
         batch, n = weights.shape
         into = [None if t is None else t.data_ptr() for t in (dx, dw)]
         function, threads = self._functions["fan_out", x.dtype], torch.get_num_threads()
@@ -114,8 +114,8 @@ def load() -> Optional[Kernels]:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         warnings.warn(
-            f"aggregation runs on PyTorch's own operations, which is slower: its kernels could not be compiled ({reason}). "
-            "Install a C compiler with OpenMP (gcc) or name one in CC; DG_TIMM_KERNELS=0 silences this",
+            "aggregation runs on PyTorch's own operations, which is slower: its kernels could not be compiled "
+            f"({reason}). Install a C compiler with OpenMP (gcc) or name one in CC; DG_TIMM_KERNELS=0 silences this",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -123,11 +123,10 @@ def load() -> Optional[Kernels]:
 
 
 def _compiled() -> Path:
-    compiler = shlex.split(os.environ.get("CC", "")) or next(([c] for c in COMPILERS if shutil.which(c)), None)
-    if compiler is None or shutil.which(compiler[0]) is None:
-        raise RuntimeError(
-            f"none of {', '.join(COMPILERS)} found" if compiler is None else f"CC={compiler[0]} not found"
-        )
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or [c for c in COMPILERS if shutil.which(c)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"CC={named[0]} not found" if named else f"none of {', '.join(COMPILERS)} found")
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
     made_of = (SOURCE.read_bytes(), version, repr((compiler, FLAGS)).encode(), _processor())
     name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"

@@ -1,9 +1,9 @@
 """Memory of large maps on CPUs, taken once and used again.
 
 The C library gives large blocks back to the system as soon as they are free, and every block that it takes anew is
-filled with zeros page by page: to write a fresh map of 25 MiB takes twice as long as to write one whose pages are there.
-PyTorch has a caching allocator for GPUs and none for CPUs; this is one for the maps that aggregation writes. A block
-comes back when the last tensor on it is gone, whoever held it.
+filled with zeros page by page: to write a fresh map of 25 MiB takes twice as long as to write one whose pages are
+there. PyTorch has a caching allocator for GPUs and none for CPUs; this is one for the maps that aggregation writes. A
+block comes back when the last tensor on it is gone, whoever held it.
 """
 
 import ctypes

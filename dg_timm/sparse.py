@@ -103,7 +103,7 @@ def open_edges(nodes: Sequence[Feature], target: int, batch: int) -> Edges:
 def combine(nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> Tensor:
     """Eq. 3 for some images: (len(images), C, H, W); zeros for one without an open edge."""
     z = map_memory.empty_like(nodes[0].maps, len(images))
-    kernels = aggregation.kernels_for(z)
+    kernels = aggregation.kernels_for(z) if z.device.type == "cpu" else None
     if kernels is not None:
         addresses = [(node.maps.data_ptr(), node.maps[:1].numel() * z.element_size()) for node in nodes]
         kernels.gather_images(

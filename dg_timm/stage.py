@@ -121,8 +121,8 @@ class DGStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
 
-        This is the one place that decides what is computed. By default every edge is multiplied and every block runs for
-        every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
+        This is the one place that decides what is computed. By default every edge is multiplied and every block runs
+        for every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
         """
         if self.execution == "sparse":
             if torch.jit.is_scripting():
@@ -140,8 +140,8 @@ class DGStage(nn.Module):
         """In how many parts a batch runs: in inference on CPUs, so that the maps of a stage stay in the cache.
 
         Nothing in a stage depends on the other images of a batch, and a graph holds many maps at once; so does a wide
-        block. Parts are large enough for the threads, and for the weights, which every part reads, to weigh less than the
-        maps. A hook on a module of the stage sees the whole batch: there is one part then.
+        block. Parts are large enough for the threads, and for the weights, which every part reads, to weigh less than
+        the maps. A hook on a module of the stage sees the whole batch: there is one part then.
         """
         if (
             not aggregation.is_fused(x)
@@ -203,18 +203,18 @@ class DGStage(nn.Module):
         weights = x  # of the edges that enter the last node; set before it is read
         for child in self.children():
             if hasattr(child, "projects_shortcut"):
-                node, projected = child.downsample(x), True  # once: block 1 takes its shortcut from here
+                # Once: block 1 takes its shortcut from here.
+                node = child.downsample(x)  # type: ignore[operator]
+                projected = True
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
-                if len(rows) == 0:
+                if len(rows) > 0 and len(self.wiring[len(rows)]) == 0:
+                    rows.append(rows[0])  # this node's block did not run, and nothing reads what stands here
+                    edges.append([node])
+                else:
                     node, pooled = aggregation.pool(node, fused)
-                    rows.append(child(pooled))
-                elif len(self.wiring[len(rows)]) > 0:
-                    node, pooled = aggregation.pool(node, fused)
-                    rows.append(child(pooled, graph.reached(weights)))
-                else:  # this node's block did not run, and nothing reads it
-                    rows.append(rows[0])
-                edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))
+                    rows.append(child(pooled) if len(rows) == 0 else child(pooled, graph.reached(weights)))
+                    edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))  # type: ignore[arg-type]
             elif hasattr(child, "projects_input"):
                 node, projected = child(x), True
             elif index < self.num_entry:

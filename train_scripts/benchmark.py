@@ -1,7 +1,7 @@
 """Time networks beside each other: static and dynamic, in one run, each in its turn.
 
-    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode inference training
-    python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
+    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode inference
+    training python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
     python train_scripts/benchmark.py dg_resnet50 --sweep --plot results/sparse.png
     python train_scripts/benchmark.py dg_resnet50 --memory --mode training
     python train_scripts/benchmark.py dg_resnet50 dg_resnet101 --aggregation
@@ -15,8 +15,8 @@ Nothing is timed before it predicts what it must: an identity conversion bit for
 then, with the weights that are timed, what the reference formulas give. ``--edges open`` (the default) gives every edge
 a weight; ``identity`` times the conversion, in which the kernels do not read the edges of weight 0. ``--removed F``
 draws new random paths past a share F of the blocks for every image and round, and prints the share of the static
-network's multiply-adds that remains. The column *limit* is 1 + the least time that aggregation's memory traffic takes at
-the copy bandwidth measured in the same run, in units of the static network's time.
+network's multiply-adds that remains. The column *limit* is 1 + the least time that aggregation's memory traffic takes
+at the copy bandwidth measured in the same run, in units of the static network's time.
 """
 
 import argparse

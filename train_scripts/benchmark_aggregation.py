@@ -98,12 +98,12 @@ def measure_node(shape: tuple[int, ...], in_degree: int, setting: Setting, round
     map_bytes = maps[0].numel() * maps[0].element_size()
     copy = Copy(device)
     times: dict[str, list[float]] = {"copy": [], **{name: [] for name in ways}}
-    for way in (copy, *ways.values()):
+    everything: list[tuple[str, Callable[[], Any]]] = [("copy", copy), *ways.items()]
+    for _, way in everything:
         way(), way()
     with torch.no_grad():
         for number in range(rounds):
-            order = [("copy", copy), *ways.items()]
-            for name, way in order if number % 2 == 0 else reversed(order):
+            for name, way in everything if number % 2 == 0 else reversed(everything):
                 with torch.set_grad_enabled(name.startswith("forward")):
                     times[name].append(benchmark_models.seconds(way, device))
     rows = []

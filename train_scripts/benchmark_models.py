@@ -58,7 +58,7 @@ def measure(specs: list[str], setting: Setting, rounds: int) -> list[dict[str, A
     step = step_of(setting, images)
     runners = {}
     for spec, entry in contestants.items():
-        model = torch.compile(entry.model) if setting["compile"] else entry.model
+        model: Any = torch.compile(entry.model) if setting["compile"] else entry.model
         runners[spec] = step(model)
         entry.prepare()
         for _ in range(3 if setting["compile"] else 2):  # warm up
@@ -107,13 +107,13 @@ def contestant(spec: str, setting: Setting, images: Tensor, others: dict[str, Co
     layout = layout_of(setting)
     torch.manual_seed(0)
     if not name.startswith("dg_"):
-        model = timm.create_model(name).to(setting["device"], memory_format=layout)
+        model = timm.create_model(name).to(setting["device"]).to(memory_format=layout)
         check_memory(spec, memory_needed(model, setting), setting)
         return Contestant(spec, model.train(setting["mode"] == "training"), lambda: None)
     static = others[twin(spec)].model
     weights = dict(state_dict=static.state_dict())
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights)
-    model = model.to(setting["device"], memory_format=layout).eval()
+    model = model.to(setting["device"]).to(memory_format=layout).eval()
     check_memory(spec, memory_needed(model, setting), setting)
     prepare: Callable[[], Optional[float]] = lambda: None  # noqa: E731
     few = images[: min(len(images), 8)]
@@ -141,7 +141,8 @@ def contestant(spec: str, setting: Setting, images: Tensor, others: dict[str, Co
             dg_timm.set_execution(model, execution)
         elif execution == "static" and setting["removed"] is None:
             complete = {
-                stage: torch.ones(len(g.block_names) + 2, len(g.block_names) + 2).triu(1).bool() for stage, g in graph_stages(model).items()
+                stage: torch.ones(len(g.block_names) + 2, len(g.block_names) + 2).triu(1).bool()
+                for stage, g in graph_stages(model).items()
             }
             dg_timm.set_execution(model, execution, complete)
         elif execution == "static":
@@ -300,8 +301,8 @@ def check_memory(spec: str, needed: float, setting: Setting) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise Refused(
-            f"{spec} does not fit: {setting['mode']} at batch size {setting['batch_size']} and {setting['image_size']} px "
-            f"takes at least {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}. "
+            f"{spec} does not fit: {setting['mode']} at batch size {setting['batch_size']} and {setting['image_size']} "
+            f"px takes at least {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}. "
             "Use a smaller --batch-size or --image-size"
         )
 
@@ -311,13 +312,14 @@ def peak_memory(spec: str, setting: Setting) -> dict[str, float]:
     images = inputs(setting)
     name, _, execution = spec.partition(":")
     torch.manual_seed(0)
-    model = timm.create_model(name).to(setting["device"], memory_format=layout_of(setting))
+    model = timm.create_model(name).to(setting["device"]).to(memory_format=layout_of(setting))
     check_memory(spec, memory_needed(model, setting), setting)
     model.train(setting["mode"] == "training")
     if execution == "sparse":
         dg_timm.set_execution(model, execution)
     before = resident()
-    run = step_of(setting, images)(torch.compile(model) if setting["compile"] else model)
+    compiled: Any = torch.compile(model) if setting["compile"] else model
+    run = step_of(setting, images)(compiled)
     for _ in range(3):
         run()
     on_gpu = torch.device(setting["device"]).type == "cuda"

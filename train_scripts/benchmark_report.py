@@ -22,8 +22,9 @@ TIMES: Columns = {
 }  # fmt: skip
 MEMORY: Columns = {"model": "model", **_SETTING, "before MiB": "before_mib", "peak MiB": "peak_mib", "ratio": "ratio"}
 AGGREGATION: Columns = {
-    "way": "way", "maps": "shape", "in-degree": "in_degree", "layout": "layout", "dtype": "dtype", "MiB a map": "map_mib",
-    "ms": "ms", "GB/s": "gb_s", "copy GB/s": "copy_gb_s", "share": "share", "quartile": "low", "to": "high",
+    "way": "way", "maps": "shape", "in-degree": "in_degree", "layout": "layout", "dtype": "dtype",
+    "MiB a map": "map_mib", "ms": "ms", "GB/s": "gb_s", "copy GB/s": "copy_gb_s", "share": "share",
+    "quartile": "low", "to": "high",
 }  # fmt: skip
 FITS: Columns = {
     "model": "model", "batch": "batch_size", "layout": "layout", "points": "points", "time at cost 0": "intercept",

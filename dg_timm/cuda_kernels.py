@@ -1,0 +1,88 @@
+"""Aggregation on GPUs (paper Eq. 3 and its gradient) in Triton; dg_timm/graph.py is the reference.
+
+Imported by :mod:`dg_timm.aggregation` when the first map on a GPU is aggregated, and compiled then, once for every
+number of sources. Every map is read once, a source of weight 0 not at all. Sums are in float32 (float64 for float64),
+and so are partial sums where a node has more sources than one pass reads. Tested in Triton's interpreter; no GPU was at
+hand to run it on.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+AT_ONCE = 16  # maps that one pass reads
+_BLOCK = 1024
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _gather(  # type: ignore[no-untyped-def]
+    out, partial, sources, weights, stride, length, FIRST: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    image = tl.program_id(1).to(tl.int64)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < length
+    at = image * length + offsets
+    total = tl.zeros([BLOCK], SUM)
+    if not FIRST:
+        total = tl.load(partial + at, inside, other=0.0)
+    for i in tl.static_range(len(sources)):
+        weight = tl.load(weights + image * stride + i)
+        read = offsets < tl.where(weight == 0, 0, length)
+        total += weight * tl.load(sources[i] + at, read, other=0.0).to(SUM)
+    tl.store(out + at, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _dots(parts, gradients, x, length, SUM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    image, piece = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    offsets = piece.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < length
+    at = image * length + offsets
+    own = tl.load(x + at, inside, other=0.0).to(SUM)
+    part = parts + (image * tl.num_programs(0) + piece) * len(gradients)
+    for j in tl.static_range(len(gradients)):
+        tl.store(part + j, tl.sum(own * tl.load(gradients[j] + at, inside, other=0.0).to(SUM)))
+
+
+class Kernels:
+    """As :class:`dg_timm.cpu_kernels.Kernels`, for dense aggregation on GPUs."""
+
+    dtypes = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+    def gather(self, out: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
+        """``out[b] = sum_i weights[b, i] * sources[i][b]``; weights: (batch, n), contiguous, float32 or float64."""
+        if out.numel() == 0:
+            return
+        length = out[0].numel()
+        grid = (triton.cdiv(length, _BLOCK), len(out))
+        partial = torch.empty_like(out, dtype=weights.dtype) if len(sources) > AT_ONCE else out
+        for start in range(0, len(sources), AT_ONCE):
+            now = tuple(sources[start : start + AT_ONCE])
+            into = out if start + AT_ONCE >= len(sources) else partial
+            columns = weights[:, start:]
+            _gather[grid](into, partial, now, columns, weights.stride(0), length, start == 0, _sum(weights), _BLOCK)
+
+    def fan_out(
+        self, dx: Optional[Tensor], dw: Optional[Tensor], gradients: Sequence[Tensor], x: Tensor, weights: Tensor
+    ) -> None:
+        """``dx = sum_j weights[:, j] * gradients[j]`` and ``dw[:, j] = <gradients[j], x>`` of every image."""
+        if dx is not None:
+            self.gather(dx, gradients, weights)
+        if dw is None or x.numel() == 0:
+            return
+        length = x[0].numel()
+        grid = (triton.cdiv(length, _BLOCK), len(x))
+        for start in range(0, len(gradients), AT_ONCE):
+            now = tuple(gradients[start : start + AT_ONCE])
+            parts = torch.empty(len(x), grid[0], len(now), dtype=weights.dtype, device=x.device)
+            _dots[grid](parts, now, x, length, _sum(weights), _BLOCK)
+            dw[:, start : start + len(now)] = parts.sum(1)
+
+
+def _sum(weights: Tensor) -> Any:
+    return _TYPES[weights.dtype]
