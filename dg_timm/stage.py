@@ -132,7 +132,7 @@ class DGStage(nn.Module):
         if not torch.jit.is_scripting():
             pieces = self.pieces(x)
             if pieces > 1:
-                return torch.cat([self.dense(piece) for piece in x.chunk(pieces)])
+                return torch.cat([self.dense(piece) for piece in x.tensor_split(pieces)])
         return self.dense(x)
 
     @torch.jit.unused
@@ -178,7 +178,9 @@ class DGStage(nn.Module):
             return self.dense(x)
         with torch.no_grad():
             pieces = self.pieces(x)
-            out = torch.cat([self._sparse(piece) for piece in x.chunk(pieces)]) if pieces > 1 else self._sparse(x)
+            out = (
+                torch.cat([self._sparse(piece) for piece in x.tensor_split(pieces)]) if pieces > 1 else self._sparse(x)
+            )
         return _sparse.NoGradient.apply(x, out) if x.requires_grad else out
 
     def _sparse(self, source: Tensor) -> Tensor:

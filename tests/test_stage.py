@@ -7,7 +7,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
 
-from dg_timm import adjacency, graph, set_threshold
+from dg_timm import adjacency, aggregation, graph, set_threshold
 from dg_timm.stage import DGStage
 from dg_timm.stages import StagePlan
 
@@ -65,7 +65,8 @@ def reference(stage: DGStage, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
 @pytest.mark.parametrize("options", [{}, {"edge_scale": False, "block_shortcut": False}], ids=["default", "paper"])
-def test_agrees_with_the_reference_in_output_and_gradients(kind, num_blocks, seed, options, monkeypatch):
+@pytest.mark.parametrize("path", aggregation.PATHS)
+def test_agrees_with_the_reference_in_output_and_gradients(kind, num_blocks, seed, options, path, monkeypatch):
     # the reference iterates the blocks, which a stage refuses on purpose
     monkeypatch.setattr(DGStage, "__iter__", lambda self: iter(self[:]))
     torch.manual_seed(seed)
@@ -74,8 +75,9 @@ def test_agrees_with_the_reference_in_output_and_gradients(kind, num_blocks, see
     probe = torch.randn_like(wanted)
     tensors = [x, *stage.parameters()]
     wanted_grads = torch.autograd.grad((wanted * probe).sum(), tensors, allow_unused=True)
-    got = stage(x)
-    got_grads = torch.autograd.grad((got * probe).sum(), tensors, allow_unused=True)
+    with aggregation.path(path):
+        got = stage(x)
+        got_grads = torch.autograd.grad((got * probe).sum(), tensors, allow_unused=True)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     assert sum(g is not None for g in got_grads) > len(tensors) / 2
     for tensor, g, w in zip(tensors, got_grads, wanted_grads, strict=True):

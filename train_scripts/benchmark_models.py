@@ -1,6 +1,7 @@
 """What benchmark.py runs: models that are built, verified, and then timed in turn."""
 
 import gc
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -217,6 +218,7 @@ def layout_of(setting: Setting) -> torch.memory_format:
 def inputs(setting: Setting) -> Tensor:
     torch.manual_seed(1)
     size = (setting["batch_size"], 3, setting["image_size"], setting["image_size"])
+    check_memory("the batch", 4 * math.prod(size), setting)
     return torch.randn(size).to(setting["device"], memory_format=layout_of(setting))
 
 
