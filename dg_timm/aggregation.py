@@ -23,6 +23,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import cpu_kernels, graph, map_memory
@@ -61,6 +62,7 @@ def _is_fused(x: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or _get_current_dispatch_mode() is not None
         or x.dtype not in cpu_kernels.SUFFIXES
     )
@@ -112,12 +114,11 @@ def _pool(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 class Pool(torch.autograd.Function):
-    """A feature and the mean of its channels. Backward adds the gradient of the mean to that of the feature in
-    place."""
+    """A feature and the mean of its channels. Backward adds the mean's gradient to the feature's, in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tuple[Tensor, Tensor]:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return x.detach(), pooled(x)
 

@@ -181,6 +181,19 @@ def test_frozen_parts(path, frozen):
         torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
 
 
+def test_forward_mode_and_functional_derivatives_take_the_reference():
+    made, x = make_stage("shortcut", 3), images("shortcut", batch=2)
+    tangent = torch.randn_like(x)
+    step = 1e-6
+    with torch.no_grad():
+        wanted = (made(x + step * tangent) - made(x - step * tangent)) / (2 * step)
+        with torch.autograd.forward_ad.dual_level():
+            dual = made(torch.autograd.forward_ad.make_dual(x, tangent))
+            along = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(along, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.func.jvp(made, (x,), (tangent,))[1], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_changing_a_feature_in_place_before_backward_is_an_error():
     made, x = make_stage("input", 3), images("input").requires_grad_()
     features = []
