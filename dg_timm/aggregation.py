@@ -130,7 +130,7 @@ class Pool(torch.autograd.Function):
         spread = (of_mean / (height * width))[:, :, None, None].expand(ctx.shape)
         if gradient is None:
             return spread
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not (_has_memory(gradient) and _has_memory(of_mean)):
             return gradient + spread
         return gradient.add_(spread)  # FanOut wrote it for this alone
 
@@ -152,7 +152,7 @@ class FanOut(torch.autograd.Function):
             return None, None
         weights = row if len(read) == row.shape[1] else row[:, read]
         given = [g for g in gradients if g is not None]
-        if torch.is_grad_enabled():  # a graph of this backward pass is asked for
+        if torch.is_grad_enabled() or not all(_has_memory(g) for g in given):  # to be differentiated, or batched
             dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)
             dots = [(g * x).flatten(1).sum(1) for g in given]
             dw: Optional[Tensor] = torch.stack(dots, dim=1)
@@ -203,13 +203,24 @@ class Recipe:
     """How to gather a node's input once more."""
 
     def __init__(self, z: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
-        self._like = (z.data_ptr(), z.shape, z.stride(), z.dtype)
+        self._like = self._identity(z)
         self._sources, self._weights = [source.detach() for source in sources], weights.detach()
+        self._versions = [0 if source.is_inference() else source._version for source in self._sources]
 
     def makes(self, saved: Tensor) -> bool:
-        return (saved.data_ptr(), saved.shape, saved.stride(), saved.dtype) == self._like
+        return self._identity(saved) == self._like
+
+    @staticmethod
+    def _identity(z: Tensor) -> tuple[object, ...]:
+        # the version, too: a block may change its input in place and save what became of it
+        return z.data_ptr(), z.shape, z.stride(), z.dtype, z._version
 
     def __call__(self) -> Tensor:
+        if any(source._version != version for source, version in zip(self._sources, self._versions, strict=True)):
+            raise RuntimeError(
+                "a feature that is needed to compute gradients has been modified by an inplace operation after the "
+                "stage read it; modify a clone"
+            )
         return gather(self._sources, self._weights)
 
 
@@ -287,6 +298,15 @@ def _cuda_kernels() -> Any:
         )
         return None
     return cuda_kernels.Kernels()
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether a gradient is a plain tensor, rather than one of many that are computed at once (is_grads_batched)."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return _is_fused(x)
 
 
 def _summable(weights: Tensor, dtype: torch.dtype) -> Tensor:

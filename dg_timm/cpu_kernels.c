@@ -196,6 +196,7 @@ void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, i
 //   dw[b, j] = <g[j][b], x[b]>                   (dw may be NULL)
 // Returns 0, or 1 where there was no memory for the pieces of dw.
 int NAME(fan_out)(NUMBER *dx, SUM *dw, const NUMBER *const *g, const NUMBER *x, const SUM *weights, int64_t batch, int64_t n, int64_t len, int threads) {
+    if (!dx && !dw) return 0;
     int64_t pieces = (len + PIECE - 1) / PIECE;
     double *part = dw ? malloc(sizeof(double) * (batch * pieces * n + 1)) : NULL;
     if (dw && !part) return 1;

@@ -130,8 +130,8 @@ def _compiled() -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
     made_of = (SOURCE.read_bytes(), version, repr((compiler, FLAGS)).encode(), _processor())
     name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dg_timm"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dg_timm"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = folder.stat()
         if (
@@ -140,7 +140,7 @@ def _compiled() -> Path:
             or not os.access(folder, os.W_OK)
         ):
             raise PermissionError(f"{folder} is another user's, or others may write to it")
-    except OSError:  # what is loaded must be what was compiled; a folder of this process's own then
+    except (OSError, RuntimeError):  # what is loaded must be what was compiled; a folder of this process's own then
         folder = Path(tempfile.mkdtemp(prefix="dg_timm-"))
     library = folder / name
     if not library.exists():

@@ -65,7 +65,8 @@ class Kernels:
             now = tuple(sources[start : start + AT_ONCE])
             into = out if start + AT_ONCE >= len(sources) else partial
             columns = weights[:, start:]
-            _gather[grid](into, partial, now, columns, weights.stride(0), length, start == 0, _sum(weights), _BLOCK)
+            with torch.cuda.device_of(out):
+                _gather[grid](into, partial, now, columns, weights.stride(0), length, start == 0, _sum(weights), _BLOCK)
 
     def fan_out(
         self, dx: Optional[Tensor], dw: Optional[Tensor], gradients: Sequence[Tensor], x: Tensor, weights: Tensor
@@ -80,7 +81,8 @@ class Kernels:
         for start in range(0, len(gradients), AT_ONCE):
             now = tuple(gradients[start : start + AT_ONCE])
             parts = torch.empty(len(x), grid[0], len(now), dtype=weights.dtype, device=x.device)
-            _dots[grid](parts, now, x, length, _sum(weights), _BLOCK)
+            with torch.cuda.device_of(x):
+                _dots[grid](parts, now, x, length, _sum(weights), _BLOCK)
             dw[:, start : start + len(now)] = parts.sum(1)
 
 

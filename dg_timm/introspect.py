@@ -61,9 +61,14 @@ def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the adjacency of the last forward that runs inside the ``with`` block, at no cost of a second one."""
     stages = require_dynamic(model)
     recorded: dict[str, Tensor] = {}
+    if any(stage.execution != "dense" for stage in stages.values()):
+        raise ValueError("the adjacency is recorded in dense execution: dg_timm.set_execution(model, 'dense') first")
     handles = []
     for name, stage in stages.items():
         rows: list[Tensor] = []
+
+        def begin(module: nn.Module, args: tuple[Tensor, ...], rows: list[Tensor] = rows) -> None:
+            rows.clear()  # of a forward that was interrupted
 
         def keep(module: nn.Module, args: tuple[Tensor, ...], row: Tensor, rows: list[Tensor] = rows) -> None:
             rows.append(row.detach())
@@ -75,7 +80,7 @@ def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             rows.clear()
 
         handles += [router.register_forward_hook(keep) for router in routers(stage).values()]
-        handles.append(stage.register_forward_hook(assemble))
+        handles += [stage.register_forward_pre_hook(begin), stage.register_forward_hook(assemble)]
     try:
         yield recorded
     finally:
@@ -129,8 +134,9 @@ def set_execution(model: nn.Module, execution: str, wiring: Optional[Mapping[str
     if wiring is None:
         sources = {name: graph.complete(len(stage.block_names)) for name, stage in stages.items()}
     else:
-        if wiring.keys() != stages.keys():
-            raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {', '.join(wiring)}")
+        if not isinstance(wiring, Mapping) or wiring.keys() != stages.keys():
+            given = ", ".join(map(str, wiring)) if isinstance(wiring, Mapping) else type(wiring).__name__
+            raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {given}")
         sources = {name: _sources(name, wiring[name], len(stage.block_names) + 2) for name, stage in stages.items()}
     for name, stage in stages.items():
         stage.execution, stage.wiring = execution, sources[name]

@@ -6,10 +6,10 @@ there. PyTorch has a caching allocator for GPUs and none for CPUs; this is one f
 block comes back when the last tensor on it is gone, whoever held it.
 """
 
+import collections
 import ctypes
 import math
 import mmap
-import threading
 import weakref
 from typing import Optional
 
@@ -20,8 +20,9 @@ SMALLEST = 2**22  # bytes; for smaller maps this costs more than it saves
 MOST_IDLE = 2**28  # bytes kept though no tensor uses them
 _PAGES = 2**21
 
-_idle: list[mmap.mmap] = []
-_lock = threading.Lock()
+# Appended to and popped from without a lock: both are atomic, and the garbage collector may give a block back at any
+# moment, also in the midst of what follows.
+_idle: collections.deque[mmap.mmap] = collections.deque()
 
 
 def empty_like(x: Tensor, batch: Optional[int] = None) -> Tensor:
@@ -42,13 +43,15 @@ def empty_like(x: Tensor, batch: Optional[int] = None) -> Tensor:
 
 
 def _take(size: int) -> mmap.mmap:
-    """The smallest idle block that fits and is not twice too large, or a new one."""
-    with _lock:
-        fitting = [block for block in _idle if size <= len(block) <= max(2 * size, _PAGES)]
-        if fitting:
-            block = min(fitting, key=len)
-            _idle.remove(block)
+    """An idle block that fits and is not twice too large, or a new one."""
+    for _ in range(len(_idle)):
+        try:
+            block = _idle.popleft()
+        except IndexError:
+            break
+        if size <= len(block) <= max(2 * size, _PAGES):
             return block
+        _idle.append(block)
     block = mmap.mmap(-1, math.ceil(size / _PAGES) * _PAGES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
@@ -56,7 +59,10 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _give_back(block: mmap.mmap) -> None:
-    with _lock:
-        _idle.append(block)
-        while sum(map(len, _idle)) > MOST_IDLE:
-            _idle.pop(0)  # the one that has been idle longest goes back to the system
+    _idle.append(block)
+    idle = sum(len(block) for block in tuple(_idle))
+    while idle > MOST_IDLE:
+        try:
+            idle -= len(_idle.popleft())  # goes back to the system
+        except IndexError:
+            break

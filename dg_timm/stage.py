@@ -156,7 +156,7 @@ class DGStage(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) * x.element_size()
         images = max(MIN_IMAGES, torch.get_num_threads(), CACHE_BYTES / maps, weights / maps)
         pieces = int(len(x) // images)
-        if pieces > 1 and any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+        if pieces > 1 and (_global_hooks() or any(_sees_the_batch(m) for m in self.modules())):
             return 1
         return max(pieces, 1)
 
@@ -266,6 +266,16 @@ class DGStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"nodes={len(self.block_names) + 2}, edge_scale={self.edge_scale}, block_shortcut={self.block_shortcut}"
+
+
+def _sees_the_batch(module: nn.Module) -> bool:
+    """Whether a module's result depends on the batch as a whole, or somebody watches it."""
+    batch_statistics = getattr(module, "running_mean", module) is None  # instead of running ones, also in evaluation
+    return module.training or batch_statistics or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _global_hooks() -> bool:
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def _run_node(block: nn.Module, weights: Tensor, shortcut: Optional[Tensor], fused: bool, *sources: Tensor) -> Tensor:

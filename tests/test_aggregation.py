@@ -181,17 +181,41 @@ def test_frozen_parts(path, frozen):
         torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
 
 
-def test_forward_mode_and_functional_derivatives_take_the_reference():
-    made, x = make_stage("shortcut", 3), images("shortcut", batch=2)
-    tangent = torch.randn_like(x)
-    step = 1e-6
-    with torch.no_grad():
-        wanted = (made(x + step * tangent) - made(x - step * tangent)) / (2 * step)
-        with torch.autograd.forward_ad.dual_level():
-            dual = made(torch.autograd.forward_ad.make_dual(x, tangent))
-            along = torch.autograd.forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(along, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.func.jvp(made, (x,), (tangent,))[1], wanted, rtol=1e-5, atol=1e-6)
+def test_forward_mode_and_batched_derivatives_are_right():
+    made, x = make_stage("shortcut", 3), images("shortcut", batch=2).requires_grad_()
+    out = made(x)
+    tangent, cotangents = torch.randn_like(x), torch.randn(2, *out.shape, dtype=x.dtype)
+    (batched,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
+    for got, cotangent in zip(batched, cotangents, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(out, x, cotangent, retain_graph=True)[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = made(torch.autograd.forward_ad.make_dual(x.detach(), tangent))
+        along = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close((along * cotangents[0]).sum(), (batched[0] * tangent).sum())
+    torch.testing.assert_close(torch.func.jvp(made, (x.detach(),), (tangent,))[1], along)
+
+
+def test_blocks_that_change_their_input_in_place_get_right_gradients():
+    made, x = make_stage("input", 3), images("input")
+    for name in made.block_names:
+        block = made.get_submodule(name)
+        block.conv1 = torch.nn.Sequential(torch.nn.ReLU(inplace=True), block.conv1)
+    learning = [made.get_submodule(name).conv1[1].weight for name in made.block_names]
+    found = torch.autograd.grad(made(x).square().sum(), learning)
+    with aggregation.path("reference"):
+        wanted = torch.autograd.grad(made(x).square().sum(), learning)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
+
+
+def test_changing_the_input_of_a_frozen_graph_before_backward_is_an_error():
+    made, x = make_stage("input", 3), images("input")
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(not name.startswith("router"))
+    loss = made(x).sum()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_changing_a_feature_in_place_before_backward_is_an_error():
@@ -309,6 +333,11 @@ def test_who_watches_a_stage_sees_the_whole_batch(monkeypatch):
         model.layer1[0].bn1.train()(torch.randn(2, 64, 4, 4))
         model(x)  # statistics of the batch
         assert calls == [8]
+        bn = model.eval().layer1[0].bn1
+        kept, bn.running_mean = bn.running_mean, None
+        calls.clear()
+        assert next(iter(dg_timm.checkpoint.graph_stages(model).values())).pieces(x.expand(8, -1, -1, -1)) == 1
+        bn.running_mean = kept
     calls.clear()
     model.eval()(x)  # with gradients
     assert calls == [8]
@@ -334,7 +363,21 @@ def test_blocks_come_back_and_are_never_shared():
     assert map_memory.empty_like(like, 2).shape == (2, 64, 80, 80)
 
 
+def test_blocks_may_come_back_while_one_is_taken():
+    """The garbage collector frees maps at any moment, also in the midst of taking a block."""
+    before = gc.get_threshold()
+    try:
+        for round in range(300):
+            gc.set_threshold(2 + round % 40)
+            cycle = [map_memory.empty_like(torch.empty(1, 2**21))]
+            cycle.append(cycle)
+            del cycle
+    finally:
+        gc.set_threshold(*before)
+
+
 def test_idle_memory_is_bounded(monkeypatch):
+    map_memory._idle.clear()
     monkeypatch.setattr(map_memory, "MOST_IDLE", 2**24)
     held = [map_memory.empty_like(torch.empty(1, 2**21)) for _ in range(6)]
     del held
