@@ -154,7 +154,7 @@ class FanOut(torch.autograd.Function):
         given = [g for g in gradients if g is not None]
         if torch.is_grad_enabled() or not all(_has_memory(g) for g in given):  # to be differentiated, or batched
             dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)
-            dots = [(g * x).flatten(1).sum(1) for g in given]
+            dots = [(g * x).sum((1, 2, 3)) for g in given]
             dw: Optional[Tensor] = torch.stack(dots, dim=1)
         else:
             dx, dw = fan_out_gradients(given, x, weights, *ctx.needs_input_grad)

@@ -25,7 +25,9 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     assert len(list(built.glob("*.tar.gz"))) == 1
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "dg_timm").rglob("*") if path.suffix in (".py", ".md", ".typed")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dg_timm").rglob("*")
+        if path.suffix in (".py", ".c", ".md", ".typed")
     }
     shipped |= {"dg_timm/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == shipped
