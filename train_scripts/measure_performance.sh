@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure of results/performance.md, about half an hour on two CPU cores: tables on standard output, JSON and plots in
+# The tables of results/performance.md, about half an hour on two CPU cores: tables on standard output, JSON and plots in
 # results/performance/. Give names of parts to run those alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
