@@ -205,7 +205,7 @@ class Recipe:
     def __init__(self, z: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
         self._like = self._identity(z)
         self._sources, self._weights = [source.detach() for source in sources], weights.detach()
-        self._versions = [0 if source.is_inference() else source._version for source in self._sources]
+        self._versions = [_version(source) for source in self._sources]
 
     def makes(self, saved: Tensor) -> bool:
         return self._identity(saved) == self._like
@@ -213,15 +213,19 @@ class Recipe:
     @staticmethod
     def _identity(z: Tensor) -> tuple[object, ...]:
         # the version, too: a block may change its input in place and save what became of it
-        return z.data_ptr(), z.shape, z.stride(), z.dtype, z._version
+        return z.data_ptr(), z.shape, z.stride(), z.dtype, _version(z)
 
     def __call__(self) -> Tensor:
-        if any(source._version != version for source, version in zip(self._sources, self._versions, strict=True)):
+        if [_version(source) for source in self._sources] != self._versions:
             raise RuntimeError(
                 "a feature that is needed to compute gradients has been modified by an inplace operation after the "
                 "stage read it; modify a clone"
             )
         return gather(self._sources, self._weights)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # those made in inference mode count no changes
 
 
 # --------------------------------------------------------------------------- the sums themselves, without autograd

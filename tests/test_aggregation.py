@@ -137,6 +137,14 @@ def gradients(made, x, **options):
     return torch.autograd.grad(made(x).square().sum(), wanted, allow_unused=True, **options)
 
 
+def check_gradients(made, x, learning):
+    found = torch.autograd.grad(made(x).square().sum(), learning)
+    with aggregation.path("reference"):
+        wanted = torch.autograd.grad(made(x).square().sum(), learning)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
 def test_double_backward_is_right(path, kind):
     made, x = make_stage(kind, 3), images(kind, batch=2).requires_grad_()
@@ -173,12 +181,7 @@ def test_frozen_parts(path, frozen):
     made, x = make_stage("projection", 3), images("projection")
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name.startswith(("router", "projection")) == (frozen == "blocks"))
-    learning = [p for p in made.parameters() if p.requires_grad]
-    found = torch.autograd.grad(made(x).square().sum(), learning)
-    with aggregation.path("reference"):
-        wanted = torch.autograd.grad(made(x).square().sum(), learning)
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
+    check_gradients(made, x, [p for p in made.parameters() if p.requires_grad])
 
 
 def test_forward_mode_and_batched_derivatives_are_right():
@@ -201,11 +204,7 @@ def test_blocks_that_change_their_input_in_place_get_right_gradients():
         block = made.get_submodule(name)
         block.conv1 = torch.nn.Sequential(torch.nn.ReLU(inplace=True), block.conv1)
     learning = [made.get_submodule(name).conv1[1].weight for name in made.block_names]
-    found = torch.autograd.grad(made(x).square().sum(), learning)
-    with aggregation.path("reference"):
-        wanted = torch.autograd.grad(made(x).square().sum(), learning)
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
+    check_gradients(made, x, learning)
 
 
 def test_changing_the_input_of_a_frozen_graph_before_backward_is_an_error():
