@@ -283,25 +283,29 @@ def kernels_for(like: Tensor) -> Any:
     """The kernels for maps like this one (with ``gather`` and ``fan_out``); None where PyTorch's operations do."""
     if _path != "kernels" or like.device.type not in ("cpu", "cuda"):
         return None
-    kernels = cpu_kernels.load() if like.device.type == "cpu" else _cuda_kernels()
+    kernels = cpu_kernels.load() if like.device.type == "cpu" else _cuda_kernels(like.device)
     return kernels if kernels is not None and like.dtype in kernels.dtypes else None
 
 
 @functools.cache
-def _cuda_kernels() -> Any:
+def _cuda_kernels(device: torch.device) -> Any:
     if os.environ.get("DG_TIMM_KERNELS", "1") == "0":
         return None
     try:
         from dg_timm import cuda_kernels
-    except ImportError as error:
+
+        kernels = cuda_kernels.Kernels()
+        cuda_kernels.check(kernels, device)
+    except Exception as error:  # whatever Triton or its compiler raise: no reason to stop a network that runs without
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(
-            f"aggregation on GPUs runs on PyTorch's own operations, which is slower: {error}. Install triton, or set "
-            "DG_TIMM_KERNELS=0 to silence this",
+            f"aggregation on {device} runs on PyTorch's own operations, which is slower: its kernels can't be used "
+            f"({reason}). Install Triton and a C compiler, or set DG_TIMM_KERNELS=0 to silence this",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    return cuda_kernels.Kernels()
+    return kernels
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -110,7 +110,12 @@ def load() -> Optional[Kernels]:
     if os.environ.get("DG_TIMM_KERNELS", "1") == "0":
         return None
     try:
-        return Kernels(ctypes.CDLL(str(_compiled())))
+        library = _compiled()
+        try:
+            return Kernels(ctypes.CDLL(str(library)))
+        except OSError:  # damaged since it was compiled
+            library.unlink()
+            return Kernels(ctypes.CDLL(str(_compiled())))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         warnings.warn(

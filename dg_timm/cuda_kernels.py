@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dg_timm import graph
+
 AT_ONCE = 16  # maps that one pass reads
 _BLOCK = 1024
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -84,6 +86,18 @@ class Kernels:
             with torch.cuda.device_of(x):
                 _dots[grid](parts, now, x, length, _sum(weights), _BLOCK)
             dw[:, start : start + len(now)] = parts.sum(1)
+
+
+def check(kernels: Kernels, device: torch.device) -> None:
+    """RuntimeError unless the kernels compile here and give the weighted sum and its gradients of a few small maps."""
+    ramp = torch.linspace(-1, 1, 210, device=device).view(2, 3, 5, 7)  # no random number of the user's is drawn
+    maps, weights = [ramp, ramp.square(), ramp.exp()], torch.linspace(0.1, 2, 6, device=device).view(2, 3)
+    z, dw = torch.empty_like(maps[0]), torch.empty_like(weights)
+    kernels.gather(z, maps, weights)
+    kernels.fan_out(None, dw, maps, maps[0], weights)
+    dots = torch.stack([(m * maps[0]).sum((1, 2, 3)) for m in maps], dim=1)
+    if not (torch.allclose(z, graph.aggregate(maps, weights), 1e-4, 1e-4) and torch.allclose(dw, dots, 1e-4, 1e-4)):
+        raise RuntimeError(f"they give wrong sums on {device}")
 
 
 def _sum(weights: Tensor) -> Any:

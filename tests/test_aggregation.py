@@ -415,6 +415,9 @@ def test_a_compiler_makes_one_library(tmp_path):
     stamp = libraries[0].stat().st_mtime_ns
     assert run_program(tmp_path).strip() == "0 0"
     assert libraries[0].stat().st_mtime_ns == stamp
+    libraries[0].write_bytes(b"damaged")
+    assert run_program(tmp_path).strip() == "0 0"
+    assert len(libraries[0].read_bytes()) > 1000
 
 
 def test_without_a_compiler_it_falls_back_and_says_so_once(tmp_path):
@@ -435,6 +438,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path):
 
 
 TRITON = """
+import warnings
 import torch
 from dg_timm import cuda_kernels
 kernels = cuda_kernels.Kernels()
@@ -453,6 +457,15 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.b
         dots = torch.einsum("nbchw,bchw->bn", clean, x.double())
         for got, right in ((z, wanted), (dx, wanted), (dw, dots)):
             assert (got.double() - right).abs().max() <= tolerance * right.abs().max() + 1e-12, (dtype, n)
+from dg_timm import aggregation
+here = torch.device("cpu")  # where the interpreter runs
+assert isinstance(aggregation._cuda_kernels(here), cuda_kernels.Kernels)
+cuda_kernels.Kernels.gather = lambda self, out, sources, weights: out.zero_()
+aggregation._cuda_kernels.cache_clear()
+with warnings.catch_warnings(record=True) as caught:
+    assert aggregation._cuda_kernels(here) is None
+    assert aggregation._cuda_kernels(here) is None
+assert len(caught) == 1 and "they give wrong sums on cpu" in str(caught[0].message)
 print("right")
 """
 
