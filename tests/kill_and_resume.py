@@ -1,6 +1,7 @@
 """Kill a training for real, at random moments, and check that nothing is lost.
 
     python tests/kill_and_resume.py                    # ten kills of each kind, two processes
+    python tests/kill_and_resume.py --script detect.py --kills 3
     python tests/kill_and_resume.py --kills 1 --processes 1
 
 A run is killed (-9: all processes, one of them, one of them where torchrun then restarts all by itself, or in the midst
@@ -27,33 +28,53 @@ from dg_timm.training.checkpoints import find_fault, newest_sound
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("all", "one", "writing", "term", "elastic")
-OPTIONS = shlex.split(
+CLASSIFY = (
     "--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1 "
     "--drop-path 0.1 --epochs 3 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
     "--ema-decay 0.9 --save-every 4 --keep 3 --workers 1 --log-every 3"
 )
+DETECT = (
+    "--data digits --train-limit 48 --val-limit 6 --model dg_test_resnet --min-size 80 96 --max-size 128 "
+    "--fpn-channels 8 --anchor-size 8 --roi-batch 16 --photometric 0.5 --crop 0.5 --hflip 0.5 --epochs 2 "
+    "--batch-size 4 --micro-batch 2 --opt adamw --lr 1e-3 --ema-decay 0.9 --save-every 4 --keep 3 --workers 1 "
+    "--log-every 3 --pictures 0"
+)
+OPTIONS = {"train.py": shlex.split(CLASSIFY), "detect.py": shlex.split(DETECT)}
 
 
-def command(output: Path, processes: int, restarts: int) -> list[str]:
+def command(output: Path, processes: int, restarts: int, script: str) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max_restarts", str(restarts),
                      "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
-    return [*launcher, str(ROOT / "train_scripts" / "train.py"), *OPTIONS, "--output", str(output), "--resume", "auto"]
+    return [
+        *launcher,
+        str(ROOT / "train_scripts" / script),
+        *OPTIONS[script],
+        "--output",
+        str(output),
+        "--resume",
+        "auto",
+    ]
 
 
-def start(output: Path, processes: int, restarts: int = 0) -> subprocess.Popen[str]:
+def start(output: Path, processes: int, restarts: int = 0, script: str = "train.py") -> subprocess.Popen[str]:
     # restarted ranks otherwise find the addresses of the dead ones in the launcher's store and hang (gloo, torch 2.14)
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **fresh_store}
     with (output.parent / f"{output.name}.log").open("a") as log:
         return subprocess.Popen(
-            command(output, processes, restarts), stdout=log, stderr=log, text=True, env=env, start_new_session=True
+            command(output, processes, restarts, script),
+            stdout=log,
+            stderr=log,
+            text=True,
+            env=env,
+            start_new_session=True,
         )
 
 
 def trainers(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks: what runs train.py and has no such parent but the launcher."""
+    """Process ids of the ranks: what runs the script and has no such parent but the launcher."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -63,7 +84,7 @@ def trainers(process: subprocess.Popen[str]) -> list[int]:
                 group = os.getpgid(int(entry.name))
             except (OSError, ValueError):
                 continue
-            is_script = any(word.endswith(b"train.py") for word in words[:3])
+            is_script = any(word.endswith((b"train.py", b"detect.py")) for word in words[:3])
             if is_script and group and parent in (process.pid, os.getpid()):
                 found.append(int(entry.name))
     return found
@@ -126,11 +147,11 @@ def state(output: Path, processes: int) -> dict[str, str]:
     return {name: hashes[name] for name in kept}
 
 
-def finish(output: Path, processes: int) -> None:
+def finish(output: Path, processes: int, script: str = "train.py") -> None:
     """Let a run end, from the newest sound checkpoint that there is: none may be lost."""
     newest, _ = newest_sound(output / "checkpoints")
     before = len(log_of(output))
-    process = start(output, processes)
+    process = start(output, processes, script=script)
     if process.wait(300) != 0:
         raise SystemExit(f"resuming failed:\n{log_of(output)[-3000:]}")
     said = f"going on from {newest}:" if newest else "starting afresh"
@@ -145,6 +166,7 @@ def log_of(output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", choices=tuple(OPTIONS), default="train.py")
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--processes", type=int, default=2)
@@ -154,7 +176,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "untouched"
-        finish(reference, args.processes)
+        finish(reference, args.processes, args.script)
         expected = state(reference, args.processes)
         hits = 0
         for kind in args.kinds:
@@ -164,7 +186,7 @@ def main() -> None:
                     break
                 output = Path(scratch) / f"{kind}-{attempt}"
                 for _ in range(1 if kind == "elastic" else args.each):
-                    process = start(output, args.processes, restarts=2 * (kind == "elastic"))
+                    process = start(output, args.processes, restarts=2 * (kind == "elastic"), script=args.script)
                     what = kill(process, kind, output, rng)
                     before = {p.name for p in (output / "checkpoints").glob("update-*")}
                     faults = [f for p in before if (f := find_fault(output / "checkpoints" / p)) is not None]
@@ -172,7 +194,7 @@ def main() -> None:
                         raise SystemExit(f"{what}: unsound checkpoints {faults}")
                     done += not what.startswith("ended")
                     print(what, flush=True)
-                finish(output, args.processes)
+                finish(output, args.processes, args.script)
                 found = state(output, args.processes)
                 if found != expected:
                     wrong = [name for name in expected if found[name] != expected[name]]

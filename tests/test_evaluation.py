@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dg_timm.training.evaluation import evaluate_model
-from dg_timm.training.loading import Images, IndexOrder, Loader
+from dg_timm.training.loading import Collate, Images, IndexOrder, Loader
 from dg_timm.training.metrics import MeanLoss, TopKAccuracy
 from dg_timm.training.processes import make_accelerator
 from dg_timm.training.sources import load_splits
@@ -37,7 +37,7 @@ def loader(batch_size: int) -> Loader:
     splits = load_splits("digits")
     images = Images(splits.test, lambda image: torch.tensor(list(image.convert("L").getdata())).view(1, 8, 8) / 255,
                     splits.label_names)  # fmt: skip
-    return Loader(IndexOrder(len(splits.test.rows), batch_size), images, (1, 8, 8))
+    return Loader(IndexOrder(len(splits.test.rows), batch_size), images, Collate(batch_size, (1, 8, 8)))
 
 
 @pytest.mark.filterwarnings("ignore:Image.Image.getdata")

@@ -14,9 +14,12 @@ ORDER = [
 # What trains networks may use all of the package; nothing of the package uses it.
 TRAINING = [
     "sources", "loading", "metrics", "models", "optimization", "objective", "processes", "evaluation", "checkpoints",
-    "report", "trainer", "arguments", "setup", "dry_run", "__init__",
+    "report", "trainer", "arguments", "setup", "run", "dry_run", "__init__",
 ]  # fmt: skip
-EXTRAS = {"matplotlib", "networkx", "accelerate", "datasets", "evaluate", "sklearn", "psutil"}
+DETECTION = [
+    "digits", "annotations", "loading", "detectors", "objective", "evaluation", "pictures", "arguments", "__init__",
+]  # fmt: skip
+EXTRAS = {"matplotlib", "networkx", "accelerate", "datasets", "evaluate", "sklearn", "psutil", "torchmetrics"}
 
 
 def imported(file: Path) -> set[str]:
@@ -25,11 +28,13 @@ def imported(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dg_timm"):
             inside = (node.module or "").partition(".")[2]
-            found |= {f"{inside}.{a.name}" if inside in ("", "training") else inside for a in node.names}
+            found |= {f"{inside}.{a.name}" if inside in ("", "training", "detection") else inside for a in node.names}
     return {name.removeprefix(".") for name in found}
 
 
-@pytest.mark.parametrize(("folder", "order"), [(PACKAGE, ORDER), (PACKAGE / "training", TRAINING)])
+@pytest.mark.parametrize(
+    ("folder", "order"), [(PACKAGE, ORDER), (PACKAGE / "training", TRAINING), (PACKAGE / "detection", DETECTION)]
+)
 def test_every_module_is_listed(folder, order):
     assert {p.stem for p in folder.glob("*.py")} == set(order)
 
@@ -43,6 +48,13 @@ def test_imports_point_up_the_list(name):
 def test_imports_of_training_point_up_the_list(name):
     allowed = {*ORDER, *(f"training.{above}" for above in TRAINING[: TRAINING.index(name)])}
     assert imported(PACKAGE / "training" / f"{name}.py") <= allowed
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_imports_of_detection_point_up_the_list(name):
+    above = {f"detection.{other}" for other in DETECTION[: DETECTION.index(name)]}
+    allowed = {*ORDER, "training", *(f"training.{other}" for other in TRAINING), *above}
+    assert imported(PACKAGE / "detection" / f"{name}.py") <= allowed
 
 
 def test_importing_needs_no_extra():

@@ -8,7 +8,7 @@ from test_sources import png, shards
 from timm.data import create_transform
 
 from dg_timm.training import loading
-from dg_timm.training.loading import Images, IndexOrder, Key, Loader, Share, StreamOrder, read_ahead, seeded
+from dg_timm.training.loading import Collate, Images, IndexOrder, Key, Loader, Share, StreamOrder, read_ahead, seeded
 from dg_timm.training.sources import load_splits
 
 SIZE = (3, 32, 32)
@@ -149,7 +149,8 @@ def test_reading_ahead_hands_on_errors_and_ends_its_thread():
 def loader(split, workers, *, batch_size=8, transform=AUGMENT, seed=0, **options):
     order = StreamOrder(split.rows, batch_size, shuffle=True, buffer=16) if split.streamed else None
     order = order or IndexOrder(split.size, batch_size, shuffle=True)
-    return Loader(order, Images(split, transform, NAMES, seed=seed), SIZE, workers=workers, **options)
+    images = Images(split, transform, NAMES, seed=seed)
+    return Loader(order, images, Collate(batch_size, SIZE), workers=workers, **options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -161,7 +161,7 @@ def test_cross_entropy_is_torchs(smoothing):
     losses = Classification(5, smoothing=smoothing)(model, own, 0)
     expected = F.cross_entropy(model(own.images), own.labels, label_smoothing=smoothing)
     assert losses.loss.mean().item() == pytest.approx(expected.item(), rel=1e-6)
-    assert losses.correct.tolist() == (model(own.images).argmax(1) == own.labels).float().tolist()
+    assert losses.shown["top1"].tolist() == (100.0 * (model(own.images).argmax(1) == own.labels)).tolist()
 
 
 def test_mixup_is_timms_and_repeats_itself():

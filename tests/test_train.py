@@ -23,6 +23,7 @@ from test_sources import DIGITS, png, shards
 
 import dg_timm
 from dg_timm.training import models
+from dg_timm.training.run import command_to_go_on
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 # a network without BatchNorm, so that nothing depends on how a batch is shared; and one with it
@@ -451,13 +452,9 @@ def test_a_resume_from_another_run_is_refused(finished, tmp_path):
 
 
 def test_the_command_to_go_on():
-    import train as script
-
-    assert (
-        script.command_to_go_on(["train.py", "--resume", "--seed", "1"], 1) == "python train.py --seed 1 --resume auto"
-    )
-    assert script.command_to_go_on(["t.py", "--resume", "auto", "-x"], 1) == "python t.py -x --resume auto"
-    assert script.command_to_go_on(["t.py", "--resume=a", "b"], 2).endswith("2 processes) t.py b --resume auto")
+    assert command_to_go_on(["train.py", "--resume", "--seed", "1"], 1) == "python train.py --seed 1 --resume auto"
+    assert command_to_go_on(["t.py", "--resume", "auto", "-x"], 1) == "python t.py -x --resume auto"
+    assert command_to_go_on(["t.py", "--resume=a", "b"], 2).endswith("2 processes) t.py b --resume auto")
 
 
 def test_one_channel(tmp_path):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import dg_timm
 from dg_timm.checkpoint import graph_stages
-from dg_timm.training.loading import Images, IndexOrder, Loader
+from dg_timm.training.loading import Collate, Images, IndexOrder, Loader
 from dg_timm.training.sources import load_splits
 
 SIZE = 32
@@ -21,9 +21,8 @@ def digits():
     transform = timm.data.create_transform((3, SIZE, SIZE), interpolation="bilinear", crop_pct=1.0)
     both = []
     for split in (splits.train, splits.test):
-        loader = Loader(
-            IndexOrder(split.size, split.size), Images(split, transform, splits.label_names), (3, SIZE, SIZE)
-        )
+        images = Images(split, transform, splits.label_names)
+        loader = Loader(IndexOrder(split.size, split.size), images, Collate(split.size, (3, SIZE, SIZE)))
         (batch,) = loader.epoch(0)
         both.append((batch.images, batch.labels))
     return both

@@ -27,7 +27,9 @@ import train as script
 from PIL import Image
 from torch import nn
 
+from dg_timm.training.optimization import split_batch
 from dg_timm.training.processes import StopRequest, make_accelerator
+from dg_timm.training.run import assemble
 
 
 def throughput(args: argparse.Namespace) -> None:
@@ -36,7 +38,9 @@ def throughput(args: argparse.Namespace) -> None:
             options = ["--model", name, "--image-size", str(args.image_size), "--batch-size", str(args.batch_size),
                        "--opt", "adamw", "--lr", "1e-4", "--channels-last", "--workers", str(args.workers),
                        "--data", args.data, "--output", f"{folder}/run"]  # fmt: skip
-            trainer = script.build(script.parse(options), make_accelerator(), StopRequest())
+            own, accelerator = script.parse(options), make_accelerator()
+            split = split_batch(own.batch_size, accelerator.num_processes, own.micro_batch)
+            trainer = assemble(own, accelerator, StopRequest(), script.build(own, accelerator, split), split)
         print(json.dumps({"model": name, **compare(trainer, args.rounds, args.updates)}), flush=True)
 
 

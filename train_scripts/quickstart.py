@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from accelerate.utils import send_to_device, set_seed, tqdm
+from accelerate.utils import set_seed, tqdm
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import dg_timm
 from dg_timm.training.evaluation import evaluate_model
-from dg_timm.training.loading import ONE, Images, IndexOrder, Loader, Share
+from dg_timm.training.loading import ONE, Collate, Images, IndexOrder, Loader, Share, sample_images
 from dg_timm.training.processes import make_accelerator
 from dg_timm.training.report import hardware
 from dg_timm.training.sources import Splits, load_splits
@@ -69,7 +69,7 @@ def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse
     together = batch_size * accelerator.num_processes
     order = IndexOrder(rows, batch_size, share, shuffle=True, seed=args.seed, multiple=together)
     images = Images(splits.train, augment, splits.label_names, seed=args.seed)
-    loader = Loader(order, images, data_config["input_size"])
+    loader = Loader(order, images, Collate(batch_size, data_config["input_size"]))
     updates = rows // together
     model = timm.create_model(name, num_classes=len(splits.label_names)).to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05, foreach=True)
@@ -90,8 +90,8 @@ def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse
         model.train()
         for epoch in range(args.epochs):
             for batch in loader.epoch(epoch):
-                batch = send_to_device(batch, accelerator.device)
-                loss = loss_fn(model(batch.images.contiguous(memory_format=torch.channels_last)), batch.labels)
+                batch = batch.on(accelerator.device, torch.channels_last)
+                loss = loss_fn(model(batch.images), batch.labels)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -107,7 +107,8 @@ def train(name: str, splits: Splits, data_config: dict[str, Any], args: argparse
 
 def held_out_loader(splits: Splits, data_config: dict[str, Any], batch_size: int = 64, share: Share = ONE) -> Loader:
     images = Images(splits.test, create_transform(**data_config), splits.label_names)
-    return Loader(IndexOrder(len(splits.test.rows), batch_size, share), images, data_config["input_size"])
+    order = IndexOrder(len(splits.test.rows), batch_size, share)
+    return Loader(order, images, Collate(batch_size, data_config["input_size"]))
 
 
 @torch.inference_mode()
@@ -159,7 +160,7 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
 
-    images = held_out_loader(splits, data_config).sample(64).to(accelerator.device)
+    images = sample_images(held_out_loader(splits, data_config), 64).to(accelerator.device)
     ms = milliseconds({"static": static.model, "dynamic": dynamic.model}, images)
     counts = [dg_timm.complexity(trained.model, size) for trained in (static, dynamic)]
     table = (

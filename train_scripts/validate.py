@@ -24,6 +24,7 @@ import dg_timm
 from dg_timm.checkpoint import graph_stages
 from dg_timm.training import arguments, models
 from dg_timm.training.evaluation import evaluate_model
+from dg_timm.training.loading import sample_images
 from dg_timm.training.processes import Agreement, make_accelerator
 from dg_timm.training.report import graph_statistics
 from dg_timm.training.setup import data_config_of, load_data, make_loader
@@ -97,7 +98,7 @@ def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: A
     if skipped:
         row["skipped"] = skipped
     if graph_stages(model) and accelerator.is_main_process:
-        row["cost"] = graph_statistics(model, loader.sample(64).to(accelerator.device))["cost"]
+        row["cost"] = graph_statistics(model, sample_images(loader, 64).to(accelerator.device))["cost"]
     return row
 
 

@@ -16,5 +16,6 @@ this list::
     trainer        the loop
     arguments      options, recipes, which of them a resumed run must share
     setup          from options to data, network and optimizer
+    run            from options to an end: start, resume, stop, messages
     dry_run        what a run would do
 """

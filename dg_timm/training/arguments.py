@@ -169,7 +169,8 @@ def _at_least(value: int, least: int) -> int:
 Group = Union[argparse.ArgumentParser, argparse._ArgumentGroup]
 
 
-def _flag(group: Group, name: str, default: bool, help: str) -> None:
+def flag(group: Group, name: str, default: bool, help: str) -> None:
+    """Add ``--name`` and ``--no-name``."""
     group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
@@ -185,7 +186,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--label-key", help="column of the labels")
     data.add_argument("--label-names", help="text file with a name a line, where the data set does not tell")
     data.add_argument("--num-classes", type=positive, help="by default as many as the data set has")
-    _flag(data, "--streaming", False, "read rows as they are needed; the data set may be larger than the disk")
+    flag(data, "--streaming", False, "read rows as they are needed; the data set may be larger than the disk")
     data.add_argument(
         "--shuffle-buffer", type=positive, default=2048, help="undecoded rows of a stream that are shuffled together"
     )
@@ -219,7 +220,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     """timm's augmentation."""
     aug = parser.add_argument_group("augmentation")
-    _flag(aug, "--augment", True, "random crops and all of the following")
+    flag(aug, "--augment", True, "random crops and all of the following")
     aug.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of random crops")
     aug.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of random crops")
     aug.add_argument(
@@ -249,7 +250,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="dg_resnet18", help="a timm or dg_* name, hf-hub:..., local-dir:..., or a "
                        "folder; dg_ may stand before any timm model that dg_timm.dynamize takes")  # fmt: skip
-    _flag(model, "--pretrained", False, "start from the published weights")
+    flag(model, "--pretrained", False, "start from the published weights")
     model.add_argument(
         "--initial-checkpoint", help="safetensors file or folder to start from; a static one is converted"
     )
@@ -265,13 +266,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--drop", type=share, help="dropout before the classifier")
     model.add_argument("--drop-path", type=share, help="stochastic depth")
     model.add_argument("--freeze", choices=("none", "backbone", "all-but-graph"), default="none")
-    _flag(model, "--freeze-norm", False, "leave norm statistics as they are")
+    flag(model, "--freeze-norm", False, "leave norm statistics as they are")
 
 
 def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     """Optimizer and schedule."""
     opt = parser.add_argument_group("optimization")
     opt.add_argument("--epochs", type=positive, default=10)
+    opt.add_argument("--updates", type=positive, help="train for so many updates, whatever --epochs says")
+    opt.add_argument("--warmup-updates", type=natural, help="with --updates, in place of --warmup-epochs")
+    opt.add_argument(
+        "--milestone-updates", type=positive, nargs="+", help="with --updates, in place of --decay-milestones"
+    )
     opt.add_argument("--batch-size", type=positive, default=64, help="images of an update, over all processes")
     opt.add_argument(
         "--micro-batch", type=positive, help="at most so many images at a time on a process; the rest is accumulated"
@@ -292,7 +298,7 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt.add_argument("--sched", choices=SCHEDULES, default="cosine")
     opt.add_argument("--warmup-epochs", type=amount, default=0.0)
     opt.add_argument("--warmup-lr", type=amount, default=1e-6)
-    _flag(opt, "--warmup-prefix", False, "warm-up comes before --epochs instead of within")
+    flag(opt, "--warmup-prefix", False, "warm-up comes before --epochs instead of within")
     opt.add_argument("--min-lr", type=amount, default=0.0)
     opt.add_argument("--cooldown-epochs", type=natural, default=0)
     opt.add_argument("--decay-rate", type=amount, default=0.1)
@@ -300,15 +306,25 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     opt.add_argument("--decay-milestones", type=positive, nargs="+", default=[90, 180, 270])
     opt.add_argument("--clip-grad", type=amount)
     opt.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm")
-    opt.add_argument("--smoothing", type=share, default=0.0, help="of labels")
-    opt.add_argument("--loss", choices=("ce", "bce"), default="ce")
-    opt.add_argument("--distill", nargs="?", const="static", metavar="TEACHER", help="learn a teacher's logits; alone: "
-                     "those of the static network that --model was converted from; none: no teacher")  # fmt: skip
-    opt.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
-    opt.add_argument("--distill-temperature", type=above_zero, default=1.0)
     opt.add_argument("--ema-decay", type=share, help="keep an average of the weights, and evaluate it too")
-    _flag(opt, "--ema-warmup", True, "let the average's decay grow at the start")
+    flag(opt, "--ema-warmup", True, "let the average's decay grow at the start")
     opt.add_argument("--patience", type=positive, help="epochs without a better evaluation before stopping")
+
+
+def add_objective_options(parser: argparse.ArgumentParser) -> None:
+    """The loss of a classification."""
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--smoothing", type=share, default=0.0, help="of labels")
+    loss.add_argument("--loss", choices=("ce", "bce"), default="ce")
+    loss.add_argument(
+        "--distill",
+        nargs="?",
+        const="static",
+        metavar="TEACHER",
+        help="learn a teacher's logits; alone: those of the static network that --model was converted from; none: none",
+    )
+    loss.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
+    loss.add_argument("--distill-temperature", type=above_zero, default=1.0)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -324,10 +340,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--seed", type=natural, default=0)
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    _flag(run, "--channels-last", False, "memory layout of images and weights")
-    _flag(run, "--compile", False, "torch.compile")
-    _flag(run, "--grad-checkpointing", False, "recompute activations in the backward pass instead of keeping them")
-    _flag(run, "--sync-bn", False, "norm statistics of all processes' batches together (GPUs)")
+    flag(run, "--channels-last", False, "memory layout of images and weights")
+    flag(run, "--compile", False, "torch.compile")
+    flag(run, "--grad-checkpointing", False, "recompute activations in the backward pass instead of keeping them")
+    flag(run, "--sync-bn", False, "norm statistics of all processes' batches together (GPUs)")
     run.add_argument(
         "--dist-bn",
         choices=("reduce", "broadcast"),

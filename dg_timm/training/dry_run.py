@@ -4,6 +4,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from dg_timm.checkpoint import graph_stages
 from dg_timm.complexity import complexity
-from dg_timm.training.optimization import split_batch
+from dg_timm.training.optimization import BatchSplit, split_batch
 from dg_timm.training.setup import Network, build_network, build_optimization, load_data
 from dg_timm.training.sources import Splits, count_rows
 
@@ -32,6 +33,7 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if updates == 0:
         raise ValueError(f"--batch-size {split.images} is more than the {rows} images of {source}")
     optimizer, schedule, epochs = build_optimization(args, network.model, updates)
+    total = args.updates or epochs * updates
     counts = complexity(network.model, network.data_config["input_size"])
 
     size = " x ".join(map(str, network.data_config["input_size"]))
@@ -40,9 +42,23 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"multiply-adds at {size}, {len(graph_stages(network.model))} graphs"
     )
     print(f"data         {source}: {rows} images to train on, {args.num_classes or classes} classes")
+    print_plan(args, split, optimizer, schedule, updates, epochs)
+    seconds = time_update(network, split.micro_batch, accelerator) * split.accumulation
+    print(
+        f"time         about {seconds * updates / 60:.1f} minutes an epoch, {seconds * total / 3600:.2f} "
+        f"hours in all on {accelerator.device} (forward and backward of random images, measured now; reading data and "
+        "evaluation come on top)"
+    )
+
+
+def print_plan(
+    args: argparse.Namespace, split: BatchSplit, optimizer: Any, schedule: Any, updates: int, epochs: int
+) -> None:
+    """Print batch arithmetic, parameter groups and the learning rate by epoch."""
     print(
         f"batch        {split.images} images an update = {split.micro_batch} at a time x {split.accumulation} "
-        f"accumulated x {split.processes} processes; {updates} updates an epoch, {epochs * updates} in {epochs} epochs"
+        f"accumulated x {split.processes} processes; {updates} updates an epoch, "
+        f"{args.updates or epochs * updates} in {epochs} epochs"
     )
     print("parameter groups")
     for group in optimizer.param_groups:
@@ -58,12 +74,6 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             if group["lr_scale"]
             else f"  epoch {epoch:5} frozen"
         )
-    seconds = time_update(network, split.micro_batch, accelerator) * split.accumulation
-    print(
-        f"time         about {seconds * updates / 60:.1f} minutes an epoch, {seconds * updates * epochs / 3600:.2f} "
-        f"hours in all on {accelerator.device} (forward and backward of random images, measured now; reading data and "
-        "evaluation come on top)"
-    )
 
 
 def look_at_data(args: argparse.Namespace) -> Splits:

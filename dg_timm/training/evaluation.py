@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from dg_timm.training.loading import Batch
@@ -52,10 +51,9 @@ def evaluate_model(
     for batch in batches:
         if stop is not None and stop():
             break
-        batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        batch = batch.on(accelerator.device, torch.channels_last if channels_last else torch.contiguous_format)
         with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
-            logits = model(batch.images.contiguous(memory_format=layout)).float()
+            logits = model(batch.images).float()
         kept.append(statistics(logits, batch)[batch.weights > 0])
     model.train(training)
     width = 4 + 5

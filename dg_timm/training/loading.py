@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Optional, Union
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image as Pillow
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -61,6 +62,11 @@ class Batch(NamedTuple):
     def without_weight(self) -> "Batch":
         """The same images, none of which counts."""
         return self._replace(weights=torch.zeros_like(self.weights), unreadable=[], faults=[])
+
+    def on(self, device: torch.device, layout: torch.memory_format) -> "Batch":
+        """The same batch on a device, its images in a memory layout."""
+        moved: Batch = send_to_device(self, device, non_blocking=True)
+        return moved._replace(images=moved.images.contiguous(memory_format=layout))
 
 
 class Share(NamedTuple):
@@ -283,8 +289,12 @@ def seeded(*entropy: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class _Collate:
-    """Rows -> :class:`Batch`, filled up to a fixed size: shapes stay for a compiler, and so does rounding."""
+class Collate:
+    """Rows -> :class:`Batch`, filled up to a fixed size: shapes stay for a compiler, and so does rounding.
+
+    Args:
+        image_size: (channels, height, width).
+    """
 
     def __init__(self, batch_size: int, image_size: tuple[int, int, int]) -> None:
         self.batch_size, self.image_size = batch_size, image_size
@@ -302,6 +312,11 @@ class _Collate:
             [row.where for row in rows if isinstance(row, Unreadable)],
             [row for row in rows if isinstance(row, str)],
         )
+
+
+def sample_images(loader: "Loader", size: int) -> Tensor:
+    """(about size, channels, height, width): images of :class:`Images`, from all over the split."""
+    return torch.stack([row[0] for row in loader.sample(size)])
 
 
 @contextmanager
@@ -348,7 +363,7 @@ class Loader:
     Args:
         order: which rows.
         images: what they become.
-        image_size: (channels, height, width).
+        collate: batches of them; of no rows, one in which nothing counts.
         workers: processes that decode; 0 decodes in this one.
         on_bad_image: ``error``, or ``skip`` to count them in ``skipped`` and report them through ``report``.
     """
@@ -356,23 +371,23 @@ class Loader:
     def __init__(
         self,
         order: Union[IndexOrder, StreamOrder],
-        images: Images,
-        image_size: tuple[int, int, int],
+        images: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
         *,
         workers: int = 0,
         pin_memory: bool = False,
         on_bad_image: str = "error",
         report: Callable[[str], None] = print,
     ) -> None:
-        self.order, self.images, self.image_size = order, images, image_size
+        self.order, self.images, self.collate = order, images, collate
         self.on_bad_image, self.report, self.skipped = on_bad_image, report, 0
         self.position: Optional[Position] = None  # after the batch last handed out
         self._keys = _Keys(order)
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=_Collate(order.batch_size, image_size),
+            collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -387,7 +402,7 @@ class Loader:
         if running is not None:
             running._shutdown_workers()  # type: ignore[attr-defined]
 
-    def epoch(self, epoch: int, position: Optional[Position] = None) -> Iterator[Batch]:
+    def epoch(self, epoch: int, position: Optional[Position] = None) -> Iterator[Any]:
         """The batches of an epoch, from ``position`` on."""
         self._keys.epoch, self._keys.start, self.position = epoch, position, position
         with _signals_left_to_this_process():
@@ -405,21 +420,17 @@ class Loader:
                 self.report(f"skipped an unreadable image, {line}")
             yield batch
 
-    def sample(self, size: int) -> Tensor:
-        """(about size, channels, height, width): readable images from all over the split (the first, if streamed)."""
-        split = self.images.split
+    def sample(self, size: int) -> list[Any]:
+        """About ``size`` rows whose images can be read, from all over the split (the first ones, if it is streamed)."""
+        split = self.images.split  # type: ignore[attr-defined]
         keys: Iterable[Key]
         if split.streamed:
             keys = (Key(0, 0, row, 0, example) for row, example in enumerate(split.rows.take(size)))
         else:
             keys = [Key(0, 0, int(row)) for row in np.unique(np.linspace(0, len(split.rows) - 1, size).astype(int))]
         rows = [self.images[key] for key in keys]
-        return torch.stack([row[0] for row in rows if type(row) is tuple])  # type: ignore[misc]
+        return [row for row in rows if type(row) is tuple]
 
-    def nothing(self) -> Batch:
+    def nothing(self) -> Any:
         """A batch in which no image counts."""
-        n = self.order.batch_size
-        return Batch(
-            torch.zeros(n, *self.image_size), torch.zeros(n, dtype=torch.long), torch.zeros(n),
-            torch.full((n, 2), -1), [], [],
-        )  # fmt: skip
+        return self.collate([])

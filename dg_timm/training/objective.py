@@ -13,14 +13,16 @@ from dg_timm.training.loading import Batch, seeded
 
 
 class Losses(NamedTuple):
-    """Per image: (batch,) each; ``correct`` is 1.0 where the best class is the label (the larger one, under mixup)."""
+    """Of a batch, a number an image: what is minimised, and what is shown of it, by name; (batch,) each."""
 
     loss: Tensor
-    correct: Tensor
+    shown: dict[str, Tensor]
 
 
 class Classification:
     """Cross-entropy (or binary cross-entropy) with label smoothing, mixup and cutmix, and distillation of logits.
+
+    It shows ``top1``: 100 where the best class is the label (the larger one, under mixup).
 
     Args:
         smoothing: mass that the label gives to all classes (Szegedy et al., 2016).
@@ -67,7 +69,7 @@ class Classification:
         if self.teacher is not None:
             loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(images, logits)
         label = target.argmax(1) if target.ndim == 2 else target
-        return Losses(loss, (logits.argmax(1) == label).float())
+        return Losses(loss, {"top1": 100 * (logits.argmax(1) == label).float()})
 
     def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
         assert self.teacher is not None

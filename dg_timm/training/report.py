@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import yaml
@@ -21,6 +21,16 @@ from dg_timm.cost import relative_cost
 from dg_timm.introspect import adjacency
 
 Row = dict[str, Union[int, float, str]]
+
+
+class Metric(NamedTuple):
+    """The figure that a run is to improve: its name in tables, and its title in words."""
+
+    name: str
+    title: str
+
+
+TOP1 = Metric("top1", "top-1 (%)")
 _PACKAGES = ("torch", "timm", "dg-timm", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
@@ -31,8 +41,8 @@ class Report:
     drop what lies after its checkpoint.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    def __init__(self, folder: Path, accelerator: Accelerator, metric: Metric = TOP1) -> None:
+        self.folder, self.accelerator, self.metric = folder, accelerator, metric
         self.epochs: list[Row] = []
         self.updates: list[Row] = []
 
@@ -68,7 +78,7 @@ class Report:
             numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
             self.accelerator.log(numbers, step=int(row["updates"]))
             self.write_tables()
-            draw_curves(self.epochs, self.updates, self.folder / "curves.png")
+            draw_curves(self.epochs, self.updates, self.folder / "curves.png", self.metric)
 
     def write_tables(self) -> None:
         """Write summary.csv and updates.csv."""
@@ -142,29 +152,31 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def draw_curves(epochs: list[Row], updates: list[Row], file: Path) -> None:
-    """Loss, accuracy and learning rate over the run; nothing, if matplotlib is not installed."""
+def draw_curves(epochs: list[Row], updates: list[Row], file: Path, metric: Metric) -> None:
+    """Loss, metric and learning rate over the run; nothing, if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, quality, rate = figure.subplots(1, 3)
     loss.plot(
         [r["update"] for r in updates], [r["loss"] for r in updates], linewidth=0.8, color="0.7", label="training"
     )
-    for name, axis, style in (("loss", loss, "o-"), ("top1", accuracy, "o-")):
+    for name, axis, style in (("loss", loss, "o-"), (metric.name, quality, "o-")):
         for prefix in ("eval", "ema"):
             points = [(r["updates"], r[f"{prefix}_{name}"]) for r in epochs if f"{prefix}_{name}" in r]
             if points:
                 axis.plot(*zip(*points, strict=True), style, markersize=3, label=prefix)
-    accuracy.plot([r["updates"] for r in epochs], [r["train_top1"] for r in epochs], color="0.7", label="training")
+    if epochs and f"train_{metric.name}" in epochs[0]:
+        points = [(r["updates"], r[f"train_{metric.name}"]) for r in epochs]
+        quality.plot(*zip(*points, strict=True), color="0.7", label="training")
     rate.plot([r["update"] for r in updates], [r["lr"] for r in updates], color="0.3")
-    for axis, title in ((loss, "loss"), (accuracy, "top-1 (%)"), (rate, "learning rate")):
+    for axis, title in ((loss, "loss"), (quality, metric.title), (rate, "learning rate")):
         axis.set_title(title)
         axis.set_xlabel("updates")
-    for axis in (loss, accuracy):
+    for axis in (loss, quality):
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
     beside = file.with_name(f".{file.name}")

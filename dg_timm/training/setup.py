@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from dg_timm.training import models, optimization
-from dg_timm.training.loading import Images, IndexOrder, Loader, Share, StreamOrder
+from dg_timm.training.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
 from dg_timm.training.objective import Classification
 from dg_timm.training.sources import Split, Splits, load_splits
 
@@ -35,14 +35,18 @@ def load_data(args: argparse.Namespace) -> Splits:
     )
 
 
-def limit(split: Split, size: Optional[int], option: str) -> Split:
+AnySplit = TypeVar("AnySplit", bound=Any)  # of images with labels, or with boxes
+
+
+def limit(split: AnySplit, size: Optional[int], option: str) -> AnySplit:
     """A fixed random choice of ``size`` rows (of the data, not of the run: every seed gets the same)."""
     if size is None:
         return split
     if split.size is None or split.streamed:
         raise ValueError(f"{option} can't choose among the rows of a stream")
     chosen = torch.randperm(split.size, generator=torch.Generator().manual_seed(0))[:size]
-    return split.choose(sorted(chosen.tolist()))
+    chosen_rows: AnySplit = split.choose(sorted(chosen.tolist()))
+    return chosen_rows
 
 
 def make_loader(
@@ -92,7 +96,7 @@ def make_loader(
     return Loader(
         order,
         images,
-        data_config["input_size"],
+        Collate(batch_size, data_config["input_size"]),
         workers=args.workers,
         pin_memory=accelerator.device.type == "cuda",
         on_bad_image=args.on_bad_image,
@@ -220,7 +224,23 @@ def build_optimization(
     )
     keys = ("sched", "epochs", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "decay_rate", "decay_epochs",
             "decay_milestones", "warmup_prefix")  # fmt: skip
-    schedule, epochs = optimization.create_schedule(
-        optimizer, updates_per_epoch=updates_per_epoch, **{key: getattr(args, key) for key in keys}
+    options = {key: getattr(args, key) for key in keys}
+    if args.updates is None:
+        if args.warmup_updates is not None or args.milestone_updates is not None:
+            raise ValueError("--warmup-updates and --milestone-updates belong to --updates; give it, too")
+        schedule, epochs = optimization.create_schedule(optimizer, updates_per_epoch=updates_per_epoch, **options)
+        return optimizer, schedule, epochs
+    of_epochs = {"cooldown_epochs": 0, "decay_epochs": None, "warmup_epochs": 0.0, "warmup_prefix": False}
+    given = [f"--{key.replace('_', '-')}" for key, default in of_epochs.items() if options[key] != default]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: counted in epochs, and --updates counts in updates; leave one of them out"
+        )
+    # an update is the schedule's epoch
+    options |= dict(
+        epochs=args.updates,
+        warmup_epochs=float(args.warmup_updates or 0),
+        decay_milestones=args.milestone_updates or [args.updates],
     )
-    return optimizer, schedule, epochs
+    schedule, _ = optimization.create_schedule(optimizer, updates_per_epoch=1, **options)
+    return optimizer, schedule, -(-args.updates // updates_per_epoch)

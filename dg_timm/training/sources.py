@@ -84,17 +84,19 @@ def load_splits(
         FileNotFoundError: for a path that does not exist.
         ValueError: naming what is missing (a split, a column, label names), empty, or out of range.
     """
-    parts = _load(source, streaming)
-    train_rows = _pick(parts, train_split, TRAIN_SPLITS, source, "--train-split")
+    parts = load_parts(source, streaming)
+    train_rows = pick_split(parts, train_split, TRAIN_SPLITS, source, "--train-split")
     if train_rows is None:
         if len(parts) > 1:
             raise ValueError(f"{source} has no split named train, only {', '.join(parts)}; choose with --train-split")
         train_rows = next(iter(parts.values()))
     if val_source is not None:
-        others = _load(val_source, streaming)
-        val_rows = _pick(others, val_split, HELD_OUT_SPLITS, val_source, "--val-split") or next(iter(others.values()))
+        others = load_parts(val_source, streaming)
+        val_rows = pick_split(others, val_split, HELD_OUT_SPLITS, val_source, "--val-split") or next(
+            iter(others.values())
+        )
     else:
-        val_rows = _pick(parts, val_split, HELD_OUT_SPLITS, source, "--val-split")
+        val_rows = pick_split(parts, val_split, HELD_OUT_SPLITS, source, "--val-split")
 
     image, label = _columns(train_rows, image_key, label_key, source)
     names = _label_names(train_rows, label, label_names, num_classes, source)
@@ -121,7 +123,8 @@ def load_splits(
     )
 
 
-def _load(source: str, streaming: bool) -> dict[str, Any]:
+def load_parts(source: str, streaming: bool) -> dict[str, Any]:
+    """The splits of a source of :func:`load_splits`, as ``datasets`` gives them."""
     try:
         return _open(source, streaming)
     except ValueError as error:  # of datasets, which does not name the source
@@ -152,7 +155,8 @@ def _open(source: str, streaming: bool) -> dict[str, Any]:
     return dict(datasets.load_dataset(str(path), streaming=streaming))
 
 
-def _pick(parts: dict[str, Any], asked: Optional[str], usual: Sequence[str], source: str, option: str) -> Any:
+def pick_split(parts: dict[str, Any], asked: Optional[str], usual: Sequence[str], source: str, option: str) -> Any:
+    """The split that was asked for, or the first usual one; None if there is no such split."""
     if asked is not None and asked not in parts:
         raise ValueError(f"{option} {asked}: {source} has no such split; it has {', '.join(parts)}")
     return parts.get(asked) if asked else next((parts[name] for name in usual if name in parts), None)

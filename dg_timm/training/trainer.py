@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, tqdm
+from accelerate.utils import tqdm
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, adaptive_clip_grad, distribute_bn
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Progress:
     evaluated: int = 0
     update: int = 0
     loss_sum: float = 0.0
-    correct: float = 0.0
+    shown_sums: dict[str, float] = field(default_factory=dict)
     images: float = 0.0
     seconds: float = 0.0
     skipped: int = 0
@@ -62,11 +62,16 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+        for own in fields(self):
+            setattr(self, own.name, state.get(own.name, getattr(self, own.name)))  # an older version has fewer
 
     def start_epoch(self) -> None:
-        self.loss_sum = self.correct = self.images = self.seconds = 0.0
+        self.loss_sum = self.images = self.seconds = 0.0
+        self.shown_sums = {}
+
+    def shown(self) -> dict[str, float]:
+        """Means over the epoch so far of what the objective shows."""
+        return {name: total / max(self.images, 1) for name, total in self.shown_sums.items()}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Plan:
 
     Attributes:
         epochs: of the whole run, with warm-up prefix and cool-down.
+        updates: of the whole run, where it ends within its last epoch; None for whole epochs.
         split: images of an update.
         clip_grad, clip_mode: bound and ``norm``, ``value`` or ``agc``; None clips nothing.
         save_every: updates between checkpoints within an epoch; 0 for none.
@@ -87,6 +93,7 @@ class Plan:
     epochs: int
     split: BatchSplit
     updates_per_epoch: int
+    updates: Optional[int] = None
     clip_grad: Optional[float] = None
     clip_mode: str = "norm"
     save_every: int = 0
@@ -105,7 +112,7 @@ class Trainer:
         schedule: timm's, in updates; not prepared (Accelerate would step it once a process).
         ema: of the unwrapped model, or None.
         loader: training batches of this process.
-        objective: (model, batch, *entropy) -> per-image losses.
+        objective: (model, batch, *entropy) -> per-image losses (see :class:`dg_timm.training.objective.Losses`).
         evaluate: () -> a row of figures with ``metric``, larger is better.
         on_best: called in the main process after an evaluation that is the best so far.
     """
@@ -140,8 +147,9 @@ class Trainer:
         self.on_epoch, self.on_best = on_epoch, on_best
         self.network = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.progress = Progress()
-        # of updates that were not looked at yet: (loss sum, correct, images), and the learning rate
+        # of updates that were not looked at yet: (images, loss sum, sums of what is shown), and the learning rate
         self._recent: list[Tensor] = []
+        self._shown: tuple[str, ...] = ()
         self._rates: list[float] = []
         self._since = time.perf_counter()
         self._must_stop = False
@@ -188,16 +196,17 @@ class Trainer:
         set_train_mode(self.network, plan.fixed_norms)
         batches = self.loader.epoch(progress.epoch, position)
         self._since = time.perf_counter()
-        total = plan.updates_per_epoch
+        before = progress.epoch * plan.updates_per_epoch
+        total = min(plan.updates_per_epoch, (plan.updates or math.inf) - before)
         with tqdm(
             total=total,
-            initial=min(progress.update - progress.epoch * total, total) if position else 0,
+            initial=min(progress.update - before, total) if position else 0,
             desc=f"epoch {progress.epoch + 1}/{plan.epochs}",
             unit="update",
             mininterval=1,
             leave=False,
         ) as bar:
-            while self.update(batches):
+            while progress.update != plan.updates and self.update(batches):
                 bar.update()
                 if progress.update % plan.log_every == 0:
                     self.look(bar)
@@ -208,9 +217,9 @@ class Trainer:
         self.look()
         if progress.images == 0:
             raise ValueError("the training split has no images (that can be read)")
-        if progress.update != (progress.epoch + 1) * total:
+        if progress.update != before + total:
             self.report.line(
-                f"epoch {progress.epoch + 1} ended at update {progress.update}, not at {(progress.epoch + 1) * total}: "
+                f"epoch {progress.epoch + 1} ended at update {progress.update}, not at {before + total}: "
                 "the schedule is off; set --epoch-size to the rows that the stream has"
             )
         if self.accelerator.num_processes > 1:
@@ -239,11 +248,10 @@ class Trainer:
             return True
         while len(micros) < split.accumulation:  # others still have images: take part with none
             micros.append(micros[-1].without_weight() if micros else self.loader.nothing())
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        sums: list[Tensor] = []
         layout = torch.channels_last if self.plan.channels_last else torch.contiguous_format
         for number, batch in enumerate(micros):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            batch = batch._replace(images=batch.images.contiguous(memory_format=layout))
+            batch = batch.on(accelerator.device, layout)
             last = number == len(micros) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
@@ -251,15 +259,16 @@ class Trainer:
                 weighted = losses.loss * batch.weights
                 # DDP averages over processes: this makes it the mean over all images of the update
                 accelerator.backward(weighted.sum() * (accelerator.num_processes / rows))
-            sums += torch.stack([weighted.detach().double().sum(), (losses.correct * batch.weights).double().sum(),
-                                 batch.weights.double().sum()])  # fmt: skip
+            self._shown = tuple(losses.shown)
+            columns = [torch.ones_like(batch.weights), losses.loss, *losses.shown.values()]
+            sums.append(torch.stack([(column.detach() * batch.weights).double().sum() for column in columns]))
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.update += 1
         if self.ema is not None:
             self.ema.update(self.network, step=self.progress.update)
-        self._recent.append(sums)
+        self._recent.append(torch.stack(sums).sum(0))
         self._rates.append(max(group["lr"] / (group.get("lr_scale") or 1.0) for group in self.optimizer.param_groups))
         self.schedule.step_update(self.progress.update)
         return True
@@ -286,29 +295,32 @@ class Trainer:
         flat = self.agreement.sum(*recent.flatten().tolist(), time.perf_counter() - self._since)
         self._since = time.perf_counter()
         seconds = flat[-1] / self.accelerator.num_processes
-        table = torch.tensor(flat[:-1], dtype=torch.float64).view(-1, 3)
-        loss = table[:, 0] / table[:, 2]
+        table = torch.tensor(flat[:-1], dtype=torch.float64).view(-1, 2 + len(self._shown))
+        loss = table[:, 1] / table[:, 0]
         for k in (~torch.isfinite(loss)).nonzero()[:1, 0].tolist():
             update = progress.update - len(loss) + k + 1
             raise self._not_finite(
                 f"the loss became {loss[k].item()} at update {update} (learning rate {rates[k]:.3g})"
             )
-        loss_sum, correct, images = table.sum(0).tolist()
+        images, loss_sum, *sums = table.sum(0).tolist()
         progress.loss_sum += loss_sum
-        progress.correct += correct
+        for name, value in zip(self._shown, sums, strict=True):
+            progress.shown_sums[name] = progress.shown_sums.get(name, 0.0) + value
         progress.images += images
         progress.seconds += seconds
+        shown = {name: value / images for name, value in zip(self._shown, sums, strict=True)}
         row: Row = dict(
             update=progress.update,
             loss=loss_sum / images,
-            top1=100 * correct / images,
+            **shown,
             lr=rates[-1],
             images_per_second=round(images / max(seconds, 1e-9), 2),
         )
         self.report.add_update(row)
         if bar is not None:
-            bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.1f}", lr=f"{rates[-1]:.2e}",
-                            img_s=f"{images / max(seconds, 1e-9):.0f}", refresh=False)  # fmt: skip
+            figures = {name: f"{value:.4g}" for name, value in shown.items()}
+            bar.set_postfix(loss=f"{row['loss']:.3f}", **figures, lr=f"{rates[-1]:.2e}",
+                            img_s=f"{images / max(seconds, 1e-9):.3g}", refresh=False)  # fmt: skip
 
     def _save(self, end_of_epoch: bool = False) -> Path:
         started = time.perf_counter()
@@ -348,7 +360,7 @@ class Trainer:
             updates=progress.update,
             lr=float(self.report.updates[-1]["lr"]) if self.report.updates else math.nan,
             train_loss=progress.loss_sum / max(progress.images, 1),
-            train_top1=100 * progress.correct / max(progress.images, 1),
+            **{f"train_{name}": value for name, value in progress.shown().items()},
             **figures,
             images_per_second=round(progress.images / max(progress.seconds, 1e-9), 2),
             train_seconds=round(progress.seconds, 2),
