@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from dg_timm.complexity import complexity
+from dg_timm.stage import GRAPH_OPTIONS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "wiring.png"
@@ -161,7 +162,7 @@ def render(model: nn.Module, config: Mapping[str, Any], card: Card) -> ModelCard
     architecture = config["architecture"]
     name = f"{architecture}.{cfg['tag']}" if card.converted and cfg.get("tag") else architecture
     size = tuple(cfg["input_size"])
-    options = {k: v for k, v in config.get("model_args", {}).items() if k not in ("edge_scale", "block_shortcut")}
+    options = {k: v for k, v in config.get("model_args", {}).items() if k not in GRAPH_OPTIONS}
     static_name = architecture.removeprefix("dg_")
     options |= {"in_chans": size[0], "num_classes": config["num_classes"]}
     static = timm.create_model(static_name, device="meta", **options)

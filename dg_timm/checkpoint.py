@@ -37,7 +37,7 @@ def is_identity(model: nn.Module) -> bool:
         router.scale is not None
         and float(router.scale[0].detach()) == 2.0
         and not bool(router.scale[1:].any())
-        and not bool(router.fc.weight.any() or router.fc.bias.any())
+        and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
         for router in routers(model).values()
     )
 
@@ -97,7 +97,8 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
     if problems:
         raise RuntimeError(
             f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; check "
-            "that the model's name and options (num_classes, edge_scale, block_shortcut) are those of the checkpoint"
+            "that the model's name and options (num_classes, edge_scale, block_shortcut, instance_aware) are those of "
+            "the checkpoint"
         )
 
 

@@ -24,6 +24,7 @@ def dynamize(
     identity: bool = True,
     edge_scale: bool = True,
     block_shortcut: bool = True,
+    instance_aware: bool = True,
 ) -> nn.Module:
     """Give every stage of a timm model a graph of its own for each image; in place, and returned.
 
@@ -38,13 +39,17 @@ def dynamize(
             ``identity=False``, and belongs with ``block_shortcut=False``.
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
             and MobileNetV2-like blocks). Needs ``identity=False``.
+        instance_aware: False learns one weight an edge, the same for every image (the paper's ablation, Table 6).
 
     Raises:
         TypeError: if ``model`` is not a timm model, or an option is not a bool.
         ValueError: if it is dynamic already, has no stage to convert, or the options exclude each other. The model is
             then left as it was.
     """
-    _check_options(identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut)
+    options: dict[str, bool] = dict(
+        identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
+    )
+    _check_options(**options)
     if not isinstance(model, nn.Module) or not _is_timm(model):
         raise TypeError(
             f"expected a timm model, got {type(model).__module__}.{type(model).__qualname__}; "
@@ -64,7 +69,6 @@ def dynamize(
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         raise
 
-    options: dict[str, bool] = dict(identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut)
     stages = [DGStage(model.get_submodule(plan.name), plan, **options) for plan in plans]
     for plan, stage in zip(plans, stages, strict=True):  # nothing below can fail: the model is never half-converted
         stage.adapt_blocks(plan)
@@ -92,8 +96,10 @@ def _check_images(self: nn.Module, images: Tuple[Tensor]) -> None:
         raise ValueError(f"expected images of {self.in_chans} channels, got {shape[1]}")
 
 
-def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool) -> None:
-    options = dict(identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut)
+def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, instance_aware: bool) -> None:
+    options = dict(
+        identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
+    )
     for name, value in options.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")

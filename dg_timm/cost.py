@@ -4,6 +4,7 @@ A node all of whose input edges are closed is not run, nor is its router, and a 
 is: stem, head, entry blocks, node 0's projection and router.
 """
 
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -40,6 +41,57 @@ def relative_cost(
     model: nn.Module, alphas: dict[str, Tensor], input_size: Optional[tuple[int, int, int]] = None
 ) -> Tensor:
     """As :func:`cost`, for adjacencies that are known already ({stage: (batch, N, N)})."""
+    opened = {}
+    for name, graph in graph_stages(model).items():
+        opened[name] = (alphas[name] != 0).double()
+        if graph.execution == "static":
+            opened[name] = torch.zeros_like(opened[name])
+            for target, sources in enumerate(graph.wiring):
+                opened[name][:, sources, target] = 1.0
+    return count_costs(model, input_size).relative(opened)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Multiply-adds of one image: ``nodes``, of the block and router of nodes 1..B; ``edges`` (N, N), of each read."""
+
+    nodes: list[int]
+    edges: Tensor
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-adds of one image, by what can be left out.
+
+    Attributes:
+        fixed: what always runs.
+        static: of the static network.
+        stages: what runs where edges are open.
+    """
+
+    fixed: int
+    static: int
+    stages: dict[str, StageCosts]
+
+    def relative(self, opened: dict[str, Tensor]) -> Tensor:
+        """(batch,): what runs, relative to the static network.
+
+        Args:
+            opened: {stage: (batch, N, N)}, 1 where an edge is open and 0 where it is closed; or in between, where a
+                node then runs with the probability that any of its input edges, taken as independent, is open.
+        """
+        some = next(iter(opened.values()))
+        run = torch.full((len(some),), float(self.fixed), dtype=some.dtype, device=some.device)
+        for name, stage in self.stages.items():
+            is_open = opened[name]
+            run = run + (is_open * stage.edges.to(is_open)).sum((1, 2))
+            for node, own in enumerate(stage.nodes, start=1):
+                run = run + own * (1 - (1 - is_open[:, :node, node]).prod(1))
+        return run / self.static
+
+
+def count_costs(model: nn.Module, input_size: Optional[tuple[int, int, int]] = None) -> Costs:
+    """Count a dynamic graph network at ``input_size``, by default that of its pretrained configuration."""
     layers: dict[str, int] = {}
     maps: dict[str, tuple[int, int]] = {}  # of a stage: elements of its input, and of a node's feature
     names = {module: name for name, module in model.named_modules()}
@@ -47,7 +99,7 @@ def relative_cost(
 
     def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
         if isinstance(module, Router):  # its layer is a function, no call of a module
-            layers[f"{names[module]}.fc"] = module.fc.weight.numel()
+            layers[f"{names[module]}.fc"] = module.fc.weight.numel() if hasattr(module, "fc") else 0
         elif isinstance(module, _LAYERS):
             weight = module.weight[0].numel()
             layers[names[module]] = layers.get(names[module], 0) + out[0].numel() * weight
@@ -58,28 +110,24 @@ def relative_cost(
         run_on_meta(model, count, input_size)
     added = tuple(f"{stage}.{name}." for stage, graph in stages.items() for name in graph.graph_modules())
     static = sum(macs for name, macs in layers.items() if not name.startswith(added))
-    some = next(iter(alphas.values()))
-    run = torch.full((some.shape[0],), float(sum(layers.values())), dtype=torch.float64, device=some.device)
+    found = {}
     for name, graph in stages.items():
-        is_open = alphas[name] != 0
-        if graph.execution == "static":
-            is_open = torch.zeros_like(is_open)
-            for target, sources in enumerate(graph.wiring):
-                is_open[:, sources, target] = True
-        source, feature = maps[name]
-        for node, block in enumerate(graph.block_names, start=1):
-            own = sum(
+        nodes = [
+            sum(
                 macs
                 for layer, macs in layers.items()
                 if layer.startswith((f"{name}.{block}.", f"{name}.router{node}."))
                 and not _is_ready_shortcut(graph, node, layer.removeprefix(f"{name}.{block}."))
             )
-            run -= own * (~is_open[:, :node, node].any(1)).double()
-        others = is_open.shape[-1] * (is_open.shape[-1] - 1) // 2 - 1
+            for node, block in enumerate(graph.block_names, start=1)
+        ]
+        source, feature = maps[name]
+        edges = torch.full((len(nodes) + 2, len(nodes) + 2), float(feature), dtype=torch.float64).triu(1)
         # (0, 1) reads the stage's input, before its stride
-        first = graph.edge_reads(source, feature) - others * feature
-        run += first * is_open[:, 0, 1] + feature * (is_open.sum((1, 2)) - is_open[:, 0, 1].long())
-    return run / static
+        edges[0, 1] = graph.edge_reads(source, feature) - (int((edges != 0).sum()) - 1) * feature
+        found[name] = StageCosts(nodes, edges)
+    removable = sum(own for stage in found.values() for own in stage.nodes)
+    return Costs(sum(layers.values()) - removable, static, found)
 
 
 def _is_ready_shortcut(graph: DGStage, node: int, layer: str) -> bool:

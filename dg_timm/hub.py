@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dg_timm.card import PICTURE, Card, render, with_picture
 from dg_timm.checkpoint import check_fit, graph_stages, is_identity, routers
 from dg_timm.introspect import adjacency, require_dynamic
+from dg_timm.stage import GRAPH_OPTIONS
 from dg_timm.version import __version__
 from dg_timm.wiring import draw_wiring
 
@@ -198,7 +199,7 @@ def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
             f"{type(model).__name__} can't be saved: the zoo has no {architecture!r} that timm could load it back by; "
             'see timm.list_models("dg_*"), or keep its state_dict()'
         )
-    options = {key: False for key in ("edge_scale", "block_shortcut") if not getattr(stage, key)}
+    options = {key: False for key in GRAPH_OPTIONS if not getattr(stage, key)}
     return architecture, options
 
 

@@ -17,6 +17,8 @@ class Router(nn.Module):
         first_target: index of the node's first successor; the row holds edges to ``first_target..last_target``.
         last_target: index of the stage's output node.
         edge_scale: False drops the scale, so that the weights are the paper's alpha.
+        instance_aware: False learns one number an edge, the same for every image, in place of the fully-connected
+            layer (paper 6.3: alpha instead of alpha_b).
     """
 
     fixed_threshold: Optional[float]
@@ -27,13 +29,17 @@ class Router(nn.Module):
         first_target: int,
         last_target: int,
         edge_scale: bool = True,
+        instance_aware: bool = True,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.first_target = first_target
         self.out_degree = last_target - first_target + 1
-        self.fc = nn.Linear(in_chs, self.out_degree, device=device, dtype=dtype)
+        if instance_aware:
+            self.fc = nn.Linear(in_chs, self.out_degree, device=device, dtype=dtype)
+        else:
+            self.logits = nn.Parameter(torch.empty(self.out_degree, device=device, dtype=dtype))
         scale = torch.empty(self.out_degree, device=device, dtype=dtype)
         self.scale: Optional[nn.Parameter]
         self.register_parameter("scale", nn.Parameter(scale) if edge_scale else None)
@@ -45,9 +51,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, identity: bool) -> None:
         """Start from the identity (only the edge to the next node, at weight 1) or from the mean of predecessors."""
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
-        nn.init.zeros_(self.threshold)
+        for name, parameter in self.named_parameters():
+            if name != "scale":
+                nn.init.zeros_(parameter)
         if self.scale is not None:
             for k in range(self.out_degree):
                 in_degree = self.first_target + k
@@ -62,7 +68,10 @@ class Router(nn.Module):
         fixed = self.fixed_threshold
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)
-        logits = F.linear(pooled, self.fc.weight, self.fc.bias)
+        if hasattr(self, "fc"):  # TorchScript resolves it
+            logits = F.linear(pooled, self.fc.weight, self.fc.bias)
+        else:
+            logits = self.logits.expand(pooled.shape[0], -1)
         return edge_weights(logits, self.scale, threshold, reached)
 
     def extra_repr(self) -> str:

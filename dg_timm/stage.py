@@ -18,6 +18,10 @@ CACHE_BYTES = cpu_kernels.last_cache_bytes()
 MIN_IMAGES = 2
 
 
+# Options of a graph, with which a saved network is built again; True by default.
+GRAPH_OPTIONS = ("edge_scale", "block_shortcut", "instance_aware")
+
+
 class DGStage(nn.Module):
     """A run of timm's blocks, wired per image.
 
@@ -30,6 +34,7 @@ class DGStage(nn.Module):
         identity: start as the static network, bit for bit; otherwise every node starts from its predecessors' mean.
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
         block_shortcut: False drops the blocks' own shortcuts; the graph's edges replace them.
+        instance_aware: False learns one weight an edge for all images.
     """
 
     # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
@@ -45,11 +50,13 @@ class DGStage(nn.Module):
         identity: bool,
         edge_scale: bool = True,
         block_shortcut: bool = True,
+        instance_aware: bool = True,
     ) -> None:
         super().__init__()
         self.identity = identity
         self.edge_scale = edge_scale
         self.block_shortcut = block_shortcut
+        self.instance_aware = instance_aware
         self.grad_checkpointing = False
         self.execution = "dense"  # set_execution
         self.wiring = graph.complete(len(plan.blocks))  # the sources of every node; fewer in static execution
@@ -60,7 +67,9 @@ class DGStage(nn.Module):
         output = len(plan.blocks) + 1
 
         def add_router(node: int) -> None:
-            router = Router(plan.out_chs, node + 1, output, edge_scale, device=like.device, dtype=like.dtype)
+            router = Router(
+                plan.out_chs, node + 1, output, edge_scale, instance_aware, device=like.device, dtype=like.dtype
+            )
             self.add_module(f"router{node}", router)
 
         for name in plan.entry:
@@ -265,7 +274,8 @@ class DGStage(nn.Module):
         return static[index]
 
     def extra_repr(self) -> str:
-        return f"nodes={len(self.block_names) + 2}, edge_scale={self.edge_scale}, block_shortcut={self.block_shortcut}"
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in GRAPH_OPTIONS)
+        return f"nodes={len(self.block_names) + 2}, {options}"
 
 
 def _sees_the_batch(module: nn.Module) -> bool:

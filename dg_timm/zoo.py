@@ -73,6 +73,7 @@ def _create(
     *,
     edge_scale: bool = True,
     block_shortcut: bool = True,
+    instance_aware: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Build ``dg_<variant>``: the static network from timm's own entrypoint, made dynamic, then loaded and wrapped.
@@ -80,7 +81,7 @@ def _create(
     Without weights every node starts from the mean of its predecessors; a static checkpoint starts as the identity.
 
     Args:
-        edge_scale, block_shortcut: as in :func:`dg_timm.dynamize`.
+        edge_scale, block_shortcut, instance_aware: as in :func:`dg_timm.dynamize`.
         **kwargs: what timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
     """
     static_entrypoint = model_entrypoint(variant)
@@ -93,11 +94,17 @@ def _create(
         except TypeError as error:
             if "unexpected keyword argument" in str(error):
                 raise TypeError(
-                    f"{_twin(variant)}: {error}. Its own options are edge_scale and block_shortcut, the others timm's "
-                    f"{variant} takes; a model saved by a newer dg_timm may need that version"
+                    f"{_twin(variant)}: {error}. Its own options are edge_scale, block_shortcut and instance_aware, "
+                    f"the others timm's {variant} takes; a model saved by a newer dg_timm may need that version"
                 ) from error
             raise
-        return dynamize(static, identity=False, edge_scale=edge_scale, block_shortcut=block_shortcut)
+        return dynamize(
+            static,
+            identity=False,
+            edge_scale=edge_scale,
+            block_shortcut=block_shortcut,
+            instance_aware=instance_aware,
+        )
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}

@@ -48,7 +48,7 @@ def reference(stage: DGStage, x: torch.Tensor) -> torch.Tensor:
     node, alpha = [p], {}
     for j in range(1, len(stage) + 2):
         router, i = routers[j - 1], j - 1
-        for k, logit in enumerate(router.fc(node[i].mean((2, 3)))[0]):
+        for k, logit in enumerate(router.fc(node[i].mean((2, 3)))[0] if stage.instance_aware else router.logits):
             w, tau = torch.sigmoid(logit) * (1 if router.scale is None else router.scale[k]), router.threshold
             surrogate = w.detach() * torch.sigmoid((w.detach().abs() - tau) / graph.SURROGATE_WIDTH)
             cut = (w.detach().abs() < tau) or (i > 0 and all(alpha[h, i] == 0 for h in range(i)))
@@ -64,7 +64,8 @@ def reference(stage: DGStage, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["input", "shortcut", "projection"])
-@pytest.mark.parametrize("options", [{}, {"edge_scale": False, "block_shortcut": False}], ids=["default", "paper"])
+@pytest.mark.parametrize("options", [{}, {"edge_scale": False, "block_shortcut": False}, {"instance_aware": False}],
+                         ids=["default", "paper", "alpha"])  # fmt: skip
 @pytest.mark.parametrize("path", aggregation.PATHS)
 def test_agrees_with_the_reference_in_output_and_gradients(kind, num_blocks, seed, options, path, monkeypatch):
     # the reference iterates the blocks, which a stage refuses on purpose
@@ -82,6 +83,51 @@ def test_agrees_with_the_reference_in_output_and_gradients(kind, num_blocks, see
     assert sum(g is not None for g in got_grads) > len(tensors) / 2
     for tensor, g, w in zip(tensors, got_grads, wanted_grads, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10, msg=f"gradient of a {tuple(tensor.shape)} tensor")
+
+
+class InputRouters(nn.Module):
+    """Routers of one node's *input* edges (paper Fig. 3b): a layer for each predecessor, on that one's feature."""
+
+    def __init__(self, stage: DGStage, node: int) -> None:
+        super().__init__()
+        owners = [stage.get_submodule(f"router{i}") for i in range(node)]
+        self.layers = nn.ModuleList(nn.Linear(CHANNELS, 1, dtype=torch.float64) for _ in owners)
+        for i, (layer, owner) in enumerate(zip(self.layers, owners, strict=True)):  # Eq. 7: the layer, split
+            layer.load_state_dict(
+                {"weight": owner.fc.weight[node - 1 - i][None], "bias": owner.fc.bias[node - 1 - i, None]}
+            )
+        self.scale = torch.stack([owner.scale[node - 1 - i] for i, owner in enumerate(owners)])
+        self.threshold = torch.stack([owner.threshold for owner in owners])
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        logits = [layer(f.mean((2, 3))) for layer, f in zip(self.layers, features, strict=True)]
+        weight = torch.sigmoid(torch.cat(logits, 1)) * self.scale
+        return torch.where(weight.abs() >= self.threshold, weight, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_routers_of_input_edges_are_the_same_function(seed):
+    """Paper 6.2: whether a node weighs its output edges or its input edges, with the same weights, does not matter."""
+    torch.manual_seed(seed)
+    stage, x = make_stage("input", 4), images("input", batch=5)
+    features, entering = [x], []
+    for node in range(1, 6):
+        weights = InputRouters(stage, node)(features)
+        for i in range(1, node):  # nothing leaves a removed node
+            weights[:, i] = torch.where((entering[i - 1] != 0).any(1), weights[:, i], 0.0)
+        entering.append(weights)
+        z = sum(weights[:, i, None, None, None] * f for i, f in enumerate(features))
+        features.append(z if node == 5 else stage[node - 1](z))
+    torch.testing.assert_close(features[-1], stage(x), rtol=1e-10, atol=1e-10)
+    assert any((weights == 0).any() for weights in entering)
+
+
+def test_without_instance_awareness_every_image_is_wired_alike():
+    stage = make_stage("shortcut", 4, instance_aware=False)
+    alpha = adjacency(stage, images("shortcut", batch=4))[""]
+    assert (alpha == alpha[:1]).all()
+    assert len(alpha[0][alpha[0] != 0].unique()) > 3
+    assert sum(p.numel() for name, p in stage.named_parameters() if "logits" in name) == 15  # one an edge
 
 
 def test_random_graphs_do_close_edges_and_remove_nodes():

@@ -263,6 +263,24 @@ def test_unknown_keyword_and_tag():
         timm.create_model("dg_resnet18.zzz")
 
 
+def test_fixed_edges_start_as_the_identity_and_survive_save_and_load(tmp_path):
+    """Table 6's alpha: from a static checkpoint the same function, bit for bit, and built again with its option."""
+    static = randomize(timm.create_model("resnet18", num_classes=3)).eval()
+    overlay = dict(state_dict=static.state_dict(), num_classes=3)
+    model = timm.create_model("dg_resnet18", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3,
+                              instance_aware=False).eval()  # fmt: skip
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), static(x))
+    assert dg_timm.checkpoint.is_identity(model)
+    dynamic = timm.create_model("dg_resnet18", num_classes=3)
+    assert dg_timm.cost(model, x).max() < dg_timm.cost(dynamic, x).max()  # its routers multiply nothing
+    again = timm.create_model(f"local-dir:{dg_timm.save_pretrained(model, tmp_path / 'model')}", pretrained=True).eval()
+    assert not any(stage.instance_aware for stage in graph_stages(again).values())
+    assert torch.equal(again(x), model(x))
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), model(x))
+
+
 @pytest.mark.parametrize("options", [{"edge_scale": False}, {"block_shortcut": False}])
 def test_static_weights_refuse_options_without_an_identity(options):
     overlay = dict(state_dict=timm.create_model("resnet18").state_dict())

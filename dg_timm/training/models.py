@@ -18,6 +18,7 @@ from dg_timm import zoo
 from dg_timm.card import Card
 from dg_timm.checkpoint import graph_stages, is_identity, is_static
 from dg_timm.hub import save_pretrained, write_config
+from dg_timm.stage import GRAPH_OPTIONS
 
 TimmModel = Any  # an nn.Module with timm's attributes
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -155,7 +156,7 @@ def create_teacher(
             raise ValueError(
                 f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher"
             )
-        options = {key: value for key, value in options.items() if key not in ("edge_scale", "block_shortcut")}
+        options = {key: value for key, value in options.items() if key not in GRAPH_OPTIONS}
         architecture = student.pretrained_cfg["architecture"]
         teacher = timm.create_model(architecture.removeprefix("dg_"), num_classes=student.num_classes, **options)
         teacher.load_state_dict(static_part(student.state_dict()))
