@@ -93,8 +93,9 @@ def randomize_graph(model: nn.Module, spread: float = 1.0) -> nn.Module:
     """Give every router random weights, scales and a threshold, so that edges differ between images and some close."""
     with torch.no_grad():
         for router in dg_timm.checkpoint.routers(model).values():
-            nn.init.normal_(router.fc.weight, std=spread)
-            nn.init.normal_(router.fc.bias, std=0.5)
+            if hasattr(router, "fc"):
+                nn.init.normal_(router.fc.weight, std=spread)
+            nn.init.normal_(router.fc.bias if hasattr(router, "fc") else router.logits, std=0.5)
             if router.scale is not None:
                 router.scale.mul_(torch.empty_like(router.scale).uniform_(0.5, 1.5))
             router.threshold.uniform_(0.0, 0.2)
