@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from timm.models import (
     build_model_with_cfg,
@@ -108,6 +109,11 @@ def _create(
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
+    if kwargs.get("features_only") and "out_indices" not in kwargs:
+        with torch.device("meta"):  # the levels that timm takes of this model, not always five
+            feature_cfg["out_indices"] = static_entrypoint(
+                pretrained=False, features_only=True
+            ).feature_info.out_indices
     if kwargs.pop("pretrained_strict", True) is not True:  # a configuration from the Hub could ask for it
         raise TypeError(
             f"{_twin(variant)}: pretrained_strict=False would leave parts of the network random; leave it out"

@@ -125,7 +125,7 @@ def test_an_output_folder_is_never_overwritten(finished):
     before = (output / "summary.csv").read_text()
     process = train(*PLAIN, "--train-limit", 320, "--epochs", 2, "--output", output)
     assert process.returncode == 2
-    assert "holds a run already: go on with --resume auto, or give another --output" in process.stderr
+    assert "holds a run already (args.yaml): go on with --resume auto, or give another --output" in process.stderr
     assert (output / "summary.csv").read_text() == before
 
 

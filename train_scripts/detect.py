@@ -3,7 +3,7 @@
     python train_scripts/detect.py --recipe digits                        # minutes on two cores
     python train_scripts/detect.py --recipe bccd --data path/to/bccd --initial-checkpoint weights.safetensors
     torchrun --nproc_per_node 8 train_scripts/detect.py --recipe coco_1x --data path/to/coco --model dg_resnet50
-    python train_scripts/detect.py --evaluate output/detect/model --data path/to/bccd --val-split test
+    python train_scripts/detect.py --evaluate output/detect/model --data path/to/bccd --val-split test --output output/t
     python train_scripts/detect.py --recipe bccd ... --resume auto        # go on after any interruption
 
 Faster R-CNN, RetinaNet or FCOS (--detector) with a feature pyramid, of torchvision. Data are COCO annotation files
@@ -12,6 +12,7 @@ beside images, or a data set with a column of objects. Options come from the rec
 
 import argparse
 import csv
+import importlib.util
 import io
 import json
 import sys
@@ -30,7 +31,7 @@ from torch import nn
 from dg_timm import set_execution
 from dg_timm.checkpoint import graph_stages
 from dg_timm.detection import arguments as own_arguments
-from dg_timm.detection.annotations import DetectionSplit, DetectionSplits, load_detection
+from dg_timm.detection.annotations import Categories, DetectionSplit, DetectionSplits, load_detection
 from dg_timm.detection.detectors import Options, create_detector, freeze_backbone, load_detector, write_detector_config
 from dg_timm.detection.evaluation import AP, Detections, Precision, coco_results, evaluate_detector
 from dg_timm.detection.loading import DetectionCollate, DetectionImages, make_transform
@@ -40,9 +41,9 @@ from dg_timm.training import arguments
 from dg_timm.training.dry_run import print_plan
 from dg_timm.training.loading import IndexOrder, Loader, Share
 from dg_timm.training.optimization import BatchSplit, split_batch
-from dg_timm.training.processes import StopRequest
+from dg_timm.training.processes import Agreement, StopRequest
 from dg_timm.training.report import Row, write_beside
-from dg_timm.training.run import Task, run, train
+from dg_timm.training.run import Task, check_unused, run, train
 from dg_timm.training.setup import build_optimization, limit
 
 RECIPES = Path(__file__).parent / "recipes" / "detection"
@@ -59,22 +60,34 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
     own_arguments.add_detector_options(parser)
     arguments.add_optimization_options(parser)
     own_arguments.add_result_options(parser)
-    parser.set_defaults(output="output/detect")
-    return arguments.parse(parser, argv, RECIPES)
+    parser.set_defaults(output=None)
+    args = arguments.parse(parser, argv, RECIPES)
+    if args.output is None and args.evaluate is None:
+        args.output = "output/detect"
+    return args
 
 
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> DetectionSplits:
+def load_data(
+    args: argparse.Namespace, accelerator: Accelerator, known: Optional[Categories] = None
+) -> DetectionSplits:
+    """Both splits; or that to evaluate on alone, for a detector whose categories are known."""
     keys = ("train_split", "val_split", "train_annotations", "val_annotations", "image_folder", "box_format",
             "drop_bad_boxes", "skip_empty")  # fmt: skip
     with accelerator.local_main_process_first():
-        splits = load_detection(args.data, val_source=args.val_data, **{key: getattr(args, key) for key in keys})
+        options = {key: getattr(args, key) for key in keys}
+        splits = load_detection(args.data, val_source=args.val_data, known=known, **options)
     for split in (splits.train, splits.test):
         if split.dropped:
             accelerator.print(f"{split.name}: left out {split.dropped} bad boxes")
-    return splits._replace(
-        train=limit(splits.train, args.train_limit, "--train-limit"),
+    splits = splits._replace(
+        train=splits.train if known else limit(splits.train, args.train_limit, "--train-limit"),
         test=limit(splits.test, args.val_limit, "--val-limit"),
     )
+    if known is None and splits.train.boxes == 0:
+        raise ValueError(f"{splits.train.name} has no box to learn from")
+    if splits.test.boxes == 0:
+        raise ValueError(f"{splits.test.name} has no box to find")
+    return splits
 
 
 def make_loader(
@@ -129,22 +142,34 @@ def build_detector(args: argparse.Namespace, splits: DetectionSplits, accelerato
             raise ValueError("--sync-bn needs GPUs")
         detector = convert_sync_batchnorm(detector)
     if args.grad_checkpointing:
-        detector.backbone.body.set_grad_checkpointing(True)
+        try:
+            detector.backbone.body.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"--grad-checkpointing: {args.model} does not offer it as a feature extractor") from error
     lay_out(detector, args)
     return detector
 
 
 def lay_out(detector: Any, args: argparse.Namespace) -> None:
-    """Memory layout and compilation; the backbone alone is compiled, as the rest depends on what was found."""
+    """Memory layout, precision and compilation of the backbone; the heads depend on what is found, and stay precise."""
+    backbone = detector.backbone
     if args.channels_last:
         detector.to(memory_format=torch.channels_last)
-        detector.backbone.layout = torch.channels_last
-    if args.compile:
-        detector.backbone.body.compile()
+        backbone.layout = torch.channels_last
+    backbone.precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    backbone.compiled = args.compile
+
+
+def check_extras(args: argparse.Namespace) -> None:
+    """ImportError, before an epoch is spent, where what evaluates or draws is not installed."""
+    for name in ("torchmetrics", "pycocotools", *(["matplotlib"] if args.pictures else [])):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"{name} is not installed: pip install 'dg-timm[detect]'")
 
 
 def build(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit) -> Task:
     """Data and detector; nothing is written."""
+    check_extras(args)
     splits = load_data(args, accelerator)
     if args.layer_decay is not None:
         raise ValueError("--layer-decay is for classifiers: a feature extractor does not tell its layers")
@@ -227,15 +252,13 @@ def write_results(
 
 
 def evaluate_saved(args: argparse.Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
-    """Figures of a saved detector: a JSON line, a table by class, and the files of :func:`write_results`."""
+    """Figures of a saved detector: a JSON line, a table by class; with --output what a run leaves of its best, too."""
+    check_extras(args)
+    if args.output is not None:
+        check_unused(Path(args.output))
     detector = load_detector(args.evaluate)
-    splits = load_data(args, accelerator)
-    known = (detector.config["label_names"], detector.config["category_ids"])
-    if known != (splits.categories.names, splits.categories.ids):
-        raise ValueError(
-            f"{args.evaluate} knows the categories {dict(zip(known[1], known[0], strict=True))}, {args.data} has "
-            f"{dict(zip(splits.categories.ids, splits.categories.names, strict=True))}"
-        )
+    known = Categories(detector.config["label_names"], detector.config["category_ids"])
+    splits = load_data(args, accelerator, known)
     lay_out(detector, args)
     detector.to(accelerator.device)
     if graph_stages(detector):
@@ -248,7 +271,10 @@ def evaluate_saved(args: argparse.Namespace, accelerator: Accelerator, stop: Sto
         detector, loader.epoch(0), splits.test, splits.categories, accelerator, lambda: stop.signal is not None
     )
     seconds = time.perf_counter() - start
-    if not accelerator.is_main_process or stop.signal is not None:
+    if Agreement().any(stop.signal is not None):  # what one process lacks makes the figures those of a part
+        accelerator.print("stopped before all images were seen; nothing was written", file=sys.stderr)
+        raise SystemExit(128 + int(stop.signal or 15))
+    if not accelerator.is_main_process:
         return
     row = {"model": args.evaluate, "split": splits.test.name, "images": len(found), **precision.overall}
     print(json.dumps({**row, "seconds": round(seconds, 2)}), flush=True)
@@ -256,7 +282,8 @@ def evaluate_saved(args: argparse.Namespace, accelerator: Accelerator, stop: Sto
     print(f"\n{'':{width}} {'boxes':>7} {'AP':>7} {'AP50':>7} {'AP75':>7}")
     for one in precision.classes:
         print(f"{one.name:{width}} {one.boxes:7} {one.AP:7.2f} {one.AP50:7.2f} {one.AP75:7.2f}")
-    write_results(args, detector, splits, precision, found, Path(args.output))
+    if args.output is not None:
+        write_results(args, detector, splits, precision, found, Path(args.output))
 
 
 def dry_run(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit) -> None:

@@ -68,7 +68,8 @@ class DetectionSplit(NamedTuple):
 
     @property
     def boxes(self) -> int:
-        return sum(len(row.boxes) for row in self.rows)
+        """Those that are learned, or to be found: no crowds."""
+        return sum(int((~row.crowd).sum()) for row in self.rows)
 
     def choose(self, rows: Sequence[int]) -> "DetectionSplit":
         return self._replace(rows=[self.rows[row] for row in rows])
@@ -92,6 +93,7 @@ def load_detection(
     box_format: str = "coco",
     drop_bad_boxes: bool = False,
     skip_empty: bool = False,
+    known: Optional[Categories] = None,
 ) -> DetectionSplits:
     """Load a detection data set.
 
@@ -108,48 +110,55 @@ def load_detection(
             bottom], both in pixels, or ``yolo`` [centre x, centre y, width, height] as parts of the image.
         drop_bad_boxes: leave out boxes of zero size and those outside their image, instead of refusing them.
         skip_empty: leave out images without boxes from training.
+        known: the categories of a detector that is to be evaluated; nothing is then loaded to train on.
 
     Raises:
         FileNotFoundError: naming a folder, an annotation file or an image that is not there.
         ValueError: naming what is empty, malformed, unknown, or a box that can't be one.
     """
     folder = Path(source).expanduser()
-    train_file = _annotation_file(folder, train_split, TRAIN_SPLITS, train_annotations)
     other = Path(val_source).expanduser() if val_source else folder
-    val_file = _annotation_file(other, val_split, HELD_OUT_SPLITS, val_annotations)
-    if train_file is not None:
+    train = DetectionSplit([], f"nothing of {source}")
+    if any(_annotation_files(place) for place in (folder, other)) or train_annotations or val_annotations:
+        if known is None:
+            train_file = _annotation_file(folder, train_split, TRAIN_SPLITS, train_annotations)
+            if train_file is None:
+                what = train_split or "train"
+                raise FileNotFoundError(
+                    f"{folder} has no annotation file for {what}{_beside(folder)}; name it with --train-annotations, "
+                    "or its split with --train-split"
+                )
+            train, known = _read_coco(train_file, folder, image_folder, drop_bad_boxes)
+        val_file = _annotation_file(other, val_split, HELD_OUT_SPLITS, val_annotations)
         if val_file is None:
             raise FileNotFoundError(
                 f"{other} has no annotation file to evaluate on{_beside(other)}; name it with --val-annotations, or "
                 "its split with --val-split"
             )
-        train, categories = _read_coco(train_file, folder, image_folder, drop_bad_boxes)
         test, theirs = _read_coco(val_file, other, image_folder, drop_bad_boxes)
     else:
-        if train_annotations or val_annotations or any(folder.glob("*.json")):
-            what = train_annotations or train_split or "train"
-            raise FileNotFoundError(f"{folder} has no annotation file for {what}{_beside(folder)}")
-        parts = digit_pages() if source == "digits" else load_parts(source, streaming=False)
-        others = load_parts(val_source, streaming=False) if val_source else parts
-        train_rows = pick_split(parts, train_split, TRAIN_SPLITS, source, "--train-split")
+        parts = _open_tables(source)
+        others = _open_tables(val_source) if val_source else parts
         val_rows = pick_split(others, val_split, HELD_OUT_SPLITS, val_source or source, "--val-split")
-        for rows, option, have in ((train_rows, "--train-split", parts), (val_rows, "--val-split", others)):
-            if rows is None:
-                raise ValueError(f"{source} has the splits {', '.join(have)}; choose one with {option}")
-        train, categories = _read_table(train_rows, f"the training split of {source}", box_format, drop_bad_boxes)
-        name = f"the evaluation split of {val_source or source}"
-        test, theirs = _read_table(val_rows, name, box_format, drop_bad_boxes)
-    if theirs != categories:
-        raise ValueError(
-            f"the categories to evaluate on, {theirs.by_id}, are not those to train on, {categories.by_id}"
-        )
+        if val_rows is None:
+            raise ValueError(f"{val_source or source} has the splits {', '.join(others)}; choose one with --val-split")
+        val_table = _Table(val_rows, f"the evaluation split of {val_source or source}")
+        if known is None:
+            train_rows = pick_split(parts, train_split, TRAIN_SPLITS, source, "--train-split")
+            if train_rows is None:
+                raise ValueError(f"{source} has the splits {', '.join(parts)}; choose one with --train-split")
+            train_table = _Table(train_rows, f"the training split of {source}")
+            known, theirs = _table_categories(train_table, val_table)
+            train = train_table.read(known, box_format, drop_bad_boxes)
+        else:
+            names = val_table.class_names
+            theirs = known if names is None else Categories(names, list(range(len(names))))
+        test = val_table.read(theirs, box_format, drop_bad_boxes)
+    if theirs != known:
+        raise ValueError(f"the categories to evaluate on, {theirs.by_id}, are not {known.by_id}")
     if skip_empty:
         train = train._replace(rows=[row for row in train.rows if not row.crowd.all()])
-    if train.boxes == 0:
-        raise ValueError(f"{train.name} has no box to learn from")
-    if test.boxes == 0:
-        raise ValueError(f"{test.name} has no box to evaluate on")
-    return DetectionSplits(train, test, categories)
+    return DetectionSplits(train, test, known)
 
 
 # ------------------------------------------------------------------------------------------ COCO
@@ -172,8 +181,17 @@ def _annotation_file(folder: Path, split: Optional[str], usual: Sequence[str], g
     return None
 
 
+def _annotation_files(folder: Path) -> list[str]:
+    """JSON files in a folder, but for those of ``save_to_disk``: it is a COCO data set if it has any."""
+    others = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+    if not folder.is_dir() or (folder / others[0]).exists() or (folder / others[1]).exists():
+        return []
+    found = [*folder.glob("*.json"), *folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")]
+    return sorted(str(file.relative_to(folder)) for file in found if file.name not in others)
+
+
 def _beside(folder: Path) -> str:
-    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json"))[:8] if folder.is_dir() else []
+    found = _annotation_files(folder)[:8]
     return f" (there are {', '.join(found)})" if found else ""
 
 
@@ -183,41 +201,48 @@ def _read_coco(file: Path, folder: Path, image_folder: Optional[str], drop: bool
     label_of = {category: label for label, category in enumerate(categories.ids, start=1)}
     images: dict[Any, Any] = {}
     for image in content["images"]:
-        for key in ("id", "file_name", "width", "height"):
-            if key not in image:
-                raise ValueError(f"an image of {file} has no {key}: {image}")
+        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
+            raise ValueError(f"an image of {file} has no id: {image!r}")
+        for key, kind in (("file_name", str), ("width", int), ("height", int)):
+            if not isinstance(image.get(key), kind) or not image[key]:
+                raise ValueError(f"image {image['id']} of {file} has the {key} {image.get(key)!r}")
         if image["id"] in images:
             raise ValueError(f"{file} has two images with the id {image['id']}")
         images[image["id"]] = image
     of_image: dict[Any, list[Any]] = {key: [] for key in images}
     for annotation in content["annotations"]:
-        if annotation.get("image_id") not in of_image:
+        if not isinstance(annotation, dict):
+            raise ValueError(f"an annotation of {file} is {annotation!r}")
+        owner = annotation.get("image_id")
+        if not isinstance(owner, (int, str)) or owner not in of_image:
             raise ValueError(
-                f"annotation {annotation.get('id')} of {file} is of image {annotation.get('image_id')}, which is not "
-                "among its images"
+                f"annotation {annotation.get('id')} of {file} is of image {owner!r}, which is not among its images"
             )
-        of_image[annotation["image_id"]].append(annotation)
-    root = _image_root(file, folder, image_folder, [str(image["file_name"]) for image in images.values()])
+        of_image[owner].append(annotation)
+    root = _image_root(file, folder, image_folder, [image["file_name"] for image in images.values()])
     checks = _Checks(file.name, drop)
     rows = []
     for key, image in images.items():
-        size = (int(image["height"]), int(image["width"]))
+        size = (image["height"], image["width"])
         boxes, areas, labels, crowds = [], [], [], []
         for annotation in of_image[key]:
             where = f"annotation {annotation.get('id')} of image {key} ({image['file_name']})"
-            label = label_of.get(annotation.get("category_id"))
+            category, area = annotation.get("category_id"), annotation.get("area")
+            label = label_of.get(category) if isinstance(category, int) else None
             if label is None:
                 raise ValueError(
-                    f"{where} in {file} has the category id {annotation.get('category_id')!r}; "
-                    f"the categories of the file are {categories.by_id}"
+                    f"{where} in {file} has the category id {category!r}; the categories of the file are "
+                    f"{categories.by_id}"
                 )
+            if area is not None and not isinstance(area, (int, float)):
+                raise ValueError(f"{where} in {file} has the area {area!r}")
             box = checks.box(annotation.get("bbox"), "coco", size, where)
             if box is not None:
                 boxes.append(box)
-                areas.append(float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1])))
+                areas.append(area or _area(box))
                 labels.append(label)
                 crowds.append(bool(annotation.get("iscrowd", 0)))
-        rows.append(_annotated(key, str(root / str(image["file_name"])), size, boxes, labels, areas, crowds))
+        rows.append(_annotated(key, str(root / image["file_name"]), size, boxes, labels, areas, crowds))
     return DetectionSplit(rows, f"{file.name} of {folder}", dropped=checks.finish()), categories
 
 
@@ -251,7 +276,7 @@ def _image_root(file: Path, folder: Path, given: Optional[str], names: list[str]
     stem = file.stem.removeprefix("instances_")
     places = [folder / "images", folder / "images" / stem, folder / stem, file.parent, folder]
     if given is not None:
-        places = [Path(given).expanduser(), folder / given]
+        places = [place for root in (Path(given).expanduser(), folder / given) for place in (root, root / stem)]
     root = next((place for place in places if (place / names[0]).is_file()), None)
     if root is None:
         raise FileNotFoundError(
@@ -269,45 +294,100 @@ def _image_root(file: Path, folder: Path, given: Optional[str], names: list[str]
 # ------------------------------------------------------------------------------------------ tables
 
 
-def _read_table(table: Any, name: str, box_format: str, drop: bool) -> tuple[DetectionSplit, Categories]:
-    features = table.features
-    image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
-    objects = next((key for key in ("objects", "annotations", "faces") if key in features), None)
-    if image is None or objects is None:
-        raise ValueError(
-            f"{name} has the columns {', '.join(features)}; detection needs one of images and one named objects, with "
-            "bbox and category. For a folder of images, give COCO annotation files"
-        )
-    if len(table) == 0:
-        raise ValueError(f"{name} is empty")
-    inner = _inner_features(features[objects])
-    box_key = _key(inner, ("bbox", "boxes", "box"), f"{objects} of {name}")
-    label_key = _key(inner, ("category", "categories", "category_id", "label", "labels"), f"{objects} of {name}")
-    keep = [key for key in (objects, "image_id", "width", "height") if key in features]
-    listed = table.select_columns(keep)
-    undecoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    undecoded = undecoded.rename_column(image, "image") if image != "image" else undecoded
-    names = _table_names(inner[label_key], listed, objects, label_key)
-    label_of: Mapping[Any, int] = {**{k: k + 1 for k in range(len(names))}, **{n: k + 1 for k, n in enumerate(names)}}
-    checks = _Checks(name, drop)
-    rows = []
-    for number, row in enumerate(listed):
-        things = _by_column(row[objects])
-        size = _table_size(row, undecoded, number, name)
-        boxes, areas, labels, crowds = [], [], [], []
-        for k, (box, label) in enumerate(zip(things.get(box_key, []), things.get(label_key, []), strict=True)):
-            where = f"object {k} of row {number}"
-            if label not in label_of or isinstance(label, bool):
-                raise ValueError(f"{where} of {name} has the category {label!r}; there are {names}")
-            checked = checks.box(box, box_format, size, where)
-            if checked is not None:
-                boxes.append(checked)
-                areas.append((checked[2] - checked[0]) * (checked[3] - checked[1]))
-                labels.append(label_of[label])
-                crowd = things.get("iscrowd") or things.get("is_crowd")
-                crowds.append(bool(crowd[k]) if crowd else False)
-        rows.append(_annotated(row.get("image_id", number), number, size, boxes, labels, areas, crowds))
-    return DetectionSplit(rows, name, undecoded, checks.finish()), Categories(names, list(range(len(names))))
+def _open_tables(source: str) -> dict[str, Any]:
+    return digit_pages() if source == "digits" else load_parts(source, streaming=False)
+
+
+class _Table:
+    """A split of ``datasets`` with a column of images and one of objects."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self.table, self.name = table, name
+        features = table.features
+        image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
+        objects = next((key for key in ("objects", "annotations", "faces") if key in features), None)
+        if image is None or objects is None:
+            raise ValueError(
+                f"{name} has the columns {', '.join(features)}; detection needs one of images and one named objects, "
+                "with bbox and category. For a folder of images, give COCO annotation files"
+            )
+        if len(table) == 0:
+            raise ValueError(f"{name} is empty")
+        self.objects = objects
+        inner = _inner_features(features[objects])
+        self.box_key = _key(inner, ("bbox", "boxes", "box"), f"{objects} of {name}")
+        usual = ("category", "categories", "category_id", "label", "labels")
+        self.label_key = _key(inner, usual, f"{objects} of {name}")
+        feature = inner[self.label_key]
+        self.class_names: Optional[list[str]] = list(feature.names) if isinstance(feature, ClassLabel) else None
+        self.listed = table.select_columns([key for key in (objects, "image_id", "width", "height") if key in features])
+        undecoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        self.undecoded = undecoded.rename_column(image, "image") if image != "image" else undecoded
+
+    def values(self) -> set[Any]:
+        """Every category that an object has."""
+        return {value for row in self.listed for value in _by_column(row[self.objects]).get(self.label_key, [])}
+
+    def read(self, categories: Categories, box_format: str, drop: bool) -> DetectionSplit:
+        names = categories.names
+        label_of: Mapping[Any, int] = {
+            **{category: k for k, category in enumerate(categories.ids, start=1)},
+            **{name: k for k, name in enumerate(names, start=1)},
+        }
+        checks = _Checks(self.name, drop)
+        rows = []
+        for number, row in enumerate(self.listed):
+            things = _by_column(row[self.objects])
+            size = self._size(row, number)
+            found, kinds = things.get(self.box_key) or [], things.get(self.label_key) or []
+            if len(found) != len(kinds):
+                raise ValueError(f"row {number} of {self.name} has {len(found)} boxes and {len(kinds)} categories")
+            boxes, areas, labels, crowds = [], [], [], []
+            for k, (box, label) in enumerate(zip(found, kinds, strict=True)):
+                where = f"object {k} of row {number}"
+                if isinstance(label, bool) or not isinstance(label, (int, str)) or label not in label_of:
+                    raise ValueError(f"{where} of {self.name} has the category {label!r}; there are {names}")
+                checked = checks.box(box, box_format, size, where)
+                if checked is not None:
+                    area = (things.get("area") or [None] * len(found))[k]
+                    crowd = (things.get("iscrowd") or things.get("is_crowd") or [False] * len(found))[k]
+                    boxes.append(checked)
+                    areas.append(float(area) if isinstance(area, (int, float)) and area else _area(checked))
+                    labels.append(label_of[label])
+                    crowds.append(bool(crowd))
+            image_id = row.get("image_id")
+            rows.append(
+                _annotated(number if image_id is None else image_id, number, size, boxes, labels, areas, crowds)
+            )
+        return DetectionSplit(rows, self.name, self.undecoded, checks.finish())
+
+    def _size(self, row: Mapping[str, Any], number: int) -> tuple[int, int]:
+        if row.get("width") and row.get("height"):
+            return int(row["height"]), int(row["width"])
+        value = self.undecoded[number]["image"]
+        try:
+            with Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as opened:
+                return opened.height, opened.width
+        except FileNotFoundError:
+            raise
+        except (OSError, Pillow.DecompressionBombError) as error:
+            raise ValueError(f"the image of row {number} of {self.name} can't be read: {error}") from error
+
+
+def _table_categories(train: _Table, test: _Table) -> tuple[Categories, Categories]:
+    """Of both splits: their ClassLabel's, or else those that any object of either has."""
+    if train.class_names is not None and test.class_names is not None:
+        both = [Categories(names, list(range(len(names)))) for names in (train.class_names, test.class_names)]
+        return both[0], both[1]
+    named = train.class_names or test.class_names
+    values = train.values() | test.values()
+    if named is None and all(isinstance(value, str) for value in values):
+        named = sorted(values)
+    if named is None:
+        numbers = [value for value in values if isinstance(value, int)]
+        named = [str(k) for k in range(max(numbers, default=-1) + 1)]
+    shared = Categories(named, list(range(len(named))))
+    return shared, shared
 
 
 def _inner_features(feature: Any) -> dict[str, Any]:
@@ -337,28 +417,6 @@ def _by_column(things: Any) -> dict[str, list[Any]]:
     return {key: [thing[key] for thing in things] for key in (things[0] if things else {})}
 
 
-def _table_names(feature: Any, listed: Any, objects: str, label_key: str) -> list[str]:
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = {value for row in listed for value in _by_column(row[objects]).get(label_key, [])}
-    if all(isinstance(value, str) for value in values):
-        return sorted(values)
-    return [str(k) for k in range(max((int(value) for value in values), default=-1) + 1)]
-
-
-def _table_size(row: Mapping[str, Any], undecoded: Any, number: int, name: str) -> tuple[int, int]:
-    if row.get("width") and row.get("height"):
-        return int(row["height"]), int(row["width"])
-    value = undecoded[number]["image"]
-    try:
-        with Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as opened:
-            return opened.height, opened.width
-    except FileNotFoundError:
-        raise
-    except (OSError, Pillow.DecompressionBombError) as error:
-        raise ValueError(f"the image of row {number} of {name} can't be read: {error}") from error
-
-
 # ------------------------------------------------------------------------------------------ boxes
 
 
@@ -384,7 +442,8 @@ class _Checks:
         """The box's corners, clipped to the image; None if it can't be one."""
         try:
             numbers = [float(value) for value in given]
-            corners = to_corners(numbers, box_format, size)
+            # as they are stored: what is thin enough may vanish in float32
+            corners = [float(value) for value in np.asarray(to_corners(numbers, box_format, size), dtype=np.float32)]
         except (TypeError, ValueError):
             return self._refuse(f"{where} has the box {given!r}, which is not four numbers")
         height, width = size
@@ -411,6 +470,10 @@ class _Checks:
                 + ("\n  ..." if len(self.bad) > 8 else "")
             )
         return len(self.bad)
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _annotated(

@@ -41,7 +41,7 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     flag(aug, "--augment", True, "all of the following")
     aug.add_argument("--hflip", type=share, default=0.5)
     aug.add_argument("--vflip", type=share, default=0.0)
-    aug.add_argument("--photometric", type=share, default=0.0, help="brightness, contrast, saturation, hue")
+    aug.add_argument("--photometric", type=share, default=0.0, help="colours")
     aug.add_argument("--crop", type=share, default=0.0, help="crops that keep some boxes (SSD's)")
     aug.add_argument("--zoom-out", type=share, default=0.0, help="the image on a larger canvas")
 
@@ -54,12 +54,13 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
                        "local-dir:..., or a folder that train.py saved")  # fmt: skip
     flag(model, "--pretrained", False, "start from the backbone's published weights")
     model.add_argument(
-        "--initial-checkpoint", help="safetensors file or folder for the backbone; a static one is converted"
+        "--initial-checkpoint",
+        help="safetensors file or folder for the backbone, or a saved detector's folder; a static one is converted",
     )
     model.add_argument("--model-kwargs", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE")
     model.add_argument(
         "--min-size", type=positive, nargs="+", default=[800], help="pixels of the shorter side; of several, one is "
-        "drawn for each batch of training, and evaluation takes the last"
+        "drawn for each image of training, and evaluation takes the last"
     )  # fmt: skip
     model.add_argument("--max-size", type=positive, default=1333, help="pixels of the longer side, at most")
     model.add_argument("--fpn-channels", type=positive, default=256)
@@ -75,7 +76,12 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
 def add_result_options(parser: argparse.ArgumentParser) -> None:
     """What is left to look at."""
     results = parser.add_argument_group("results")
-    results.add_argument("--evaluate", metavar="FOLDER", help="do not train: evaluate a detector that was saved")
+    results.add_argument(
+        "--evaluate",
+        metavar="FOLDER",
+        help="do not train: evaluate a detector that was saved (its own "
+        "--model, --detector and sizes); results are written only where --output is given",
+    )
     results.add_argument("--execution", choices=("dense", "sparse"), default="dense", help="of --evaluate")
     results.add_argument("--pictures", type=natural, default=4, help="images to draw with predictions and wiring")
     results.add_argument("--picture-score", type=share, default=0.5, help="least score of the predictions drawn")

@@ -15,7 +15,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from dg_timm.checkpoint import graph_stages
+from dg_timm.checkpoint import check_fit, graph_stages, to_identity
 from dg_timm.training import models
 from dg_timm.training.loading import seeded
 from dg_timm.version import __version__
@@ -41,12 +41,44 @@ class Backbone(nn.Module):
         channels = [body.feature_info.channels()[place] for place in self.places]
         self.fpn = FeaturePyramidNetwork(channels, out_channels, more)
         self.out_channels = out_channels
-        self.layout = torch.contiguous_format
+        # how it runs; set_execution's business is its body's
+        self.layout, self.precision, self.compiled = torch.contiguous_format, torch.float32, False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(batch, 3, H, W) -> ``{"0": (batch, out_channels, H / 4, W / 4), ...}``, finest first."""
-        maps = self.body(images.contiguous(memory_format=self.layout))
-        return self.fpn(OrderedDict((str(k), maps[place]) for k, place in enumerate(self.places)))
+        """(batch, 3, H, W) -> ``{"0": (batch, out_channels, H / 4, W / 4), ...}``, finest first; float32."""
+        run = _compiled if self.compiled else _run
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+            maps = run(self.body, images.contiguous(memory_format=self.layout))
+            levels = self.fpn(OrderedDict((str(k), maps[place]) for k, place in enumerate(self.places)))
+        return {name: level.float() for name, level in levels.items()}
+
+
+def _run(body: Any, images: Tensor) -> list[Tensor]:
+    maps: list[Tensor] = body(images)
+    return maps
+
+
+_compiled = torch.compile(_run)  # the function: a compiled module would be another module, with other names
+
+
+class _PreciseHeads:
+    """Heads in float32, whatever the backbone runs in: in bfloat16 a box above 256 px would lie on a grid of 2 px."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        with torch.autocast(images[0].device.type, enabled=False):
+            return super().forward(images, targets)  # type: ignore[misc]
+
+
+class PreciseFasterRCNN(_PreciseHeads, FasterRCNN):
+    pass
+
+
+class PreciseRetinaNet(_PreciseHeads, RetinaNet):
+    pass
+
+
+class PreciseFCOS(_PreciseHeads, FCOS):
+    pass
 
 
 class Kind(NamedTuple):
@@ -59,7 +91,7 @@ class Kind(NamedTuple):
 
 def _faster_rcnn(backbone: Backbone, classes: int, o: "Options", common: dict[str, Any]) -> nn.Module:
     sizes = tuple((o.anchor_size * 2**k,) for k in range(5))
-    return FasterRCNN(
+    return PreciseFasterRCNN(
         backbone,
         classes,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
@@ -71,12 +103,12 @@ def _faster_rcnn(backbone: Backbone, classes: int, o: "Options", common: dict[st
 def _retinanet(backbone: Backbone, classes: int, o: "Options", common: dict[str, Any]) -> nn.Module:
     sizes = tuple(tuple(int(o.anchor_size * 2 ** (k + third / 3)) for third in range(3)) for k in range(5))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-    return RetinaNet(backbone, classes, anchor_generator=anchors, **common)
+    return PreciseRetinaNet(backbone, classes, anchor_generator=anchors, **common)
 
 
 def _fcos(backbone: Backbone, classes: int, o: "Options", common: dict[str, Any]) -> nn.Module:
     anchors = AnchorGenerator(tuple((o.anchor_size // 4 * 2**k,) for k in range(5)), ((1.0,),) * 5)
-    return FCOS(backbone, classes, anchor_generator=anchors, **common)
+    return PreciseFCOS(backbone, classes, anchor_generator=anchors, **common)
 
 
 DETECTORS = {
@@ -90,7 +122,7 @@ class Options(NamedTuple):
     """What a detector is built with, beside its backbone; written into its config.json.
 
     Attributes:
-        min_size: pixels of the shorter side; of several, training draws one for each batch, and evaluation takes the
+        min_size: pixels of the shorter side; of several, training draws one for each image, and evaluation takes the
             last one.
         max_size: pixels of the longer side, at most.
         fpn_channels: of every level of the pyramid.
@@ -127,7 +159,7 @@ def create_detector(
         backbone: any name that :func:`dg_timm.training.models.create` takes.
         label_names, category_ids: of the classes; label k + 1 is the k-th one.
         pretrained, initial_checkpoint: where the backbone's weights come from; static ones make a ``dg_*`` backbone
-            their identity conversion.
+            their identity conversion. The folder of a saved detector starts from that one (:func:`start_from`).
         model_kwargs: of the backbone.
         seed: of the weights of pyramid and heads, which then are the same over any backbone of the same channels.
 
@@ -142,8 +174,15 @@ def create_detector(
     channels = options.fpn_channels
     if detector == "fcos" and (channels % 32 or channels == 32):  # its heads have norms of 32 groups
         raise ValueError(f"fcos needs 64, 96, 128, ... channels in its pyramid, not --fpn-channels {channels}")
-    kind, kwargs = DETECTORS[detector], dict(model_kwargs or {})
-    body = create_body(backbone, pretrained=pretrained, initial_checkpoint=initial_checkpoint, **kwargs)
+    kind = DETECTORS[detector]
+    from_detector = initial_checkpoint is not None and _is_detector(initial_checkpoint)
+    kwargs = {**_own_args(backbone), **dict(model_kwargs or {})}
+    body = create_body(
+        backbone,
+        pretrained=pretrained,
+        initial_checkpoint=None if from_detector else initial_checkpoint,
+        **dict(model_kwargs or {}),
+    )
     data = resolve_data_config({}, pretrained_cfg=body.pretrained_cfg)
     options = options._replace(mean=tuple(options.mean or data["mean"]), std=tuple(options.std or data["std"]))
     common = dict(
@@ -161,16 +200,66 @@ def create_detector(
         "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options._asdict().items()},
         "dg_timm": {"version": __version__},
     }
+    if from_detector:
+        start_from(built, str(initial_checkpoint))
     return built
 
 
+def _own_args(backbone: str) -> dict[str, Any]:
+    """What a saved backbone was made with, and a detector over it must be made with again."""
+    others = ("in_chans", "num_classes", "global_pool", "drop_rate", "features_only", "out_indices")
+    return {key: value for key, value in models.saved_args(backbone).items() if key not in others}
+
+
+def _is_detector(folder: str) -> bool:
+    config = _place(folder) / CONFIG
+    return config.is_file() and "detector" in json.loads(config.read_text())
+
+
+def _place(folder: str) -> Path:
+    place = Path(folder)
+    inner = place / "model"  # of a run's folder
+    return inner if not (place / CONFIG).is_file() and (inner / CONFIG).is_file() else place
+
+
+def start_from(detector: Any, folder: str) -> None:
+    """Take over a saved detector's weights: all of its backbone's, and of pyramid and heads what has the same shape.
+
+    Weights of a static backbone make a dynamic one their identity conversion: the detector then finds exactly what the
+    static one found.
+
+    Raises:
+        ValueError: if the backbone is another one, or the weights are damaged.
+    """
+    try:
+        state = load_file(_place(folder) / "model.safetensors")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error
+    body, prefix = detector.backbone.body, "backbone.body."
+    own = {_flat(name): name for name in body.state_dict()}
+    taken = {
+        own.get(_flat(name.removeprefix(prefix)), name.removeprefix(prefix)): value
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }
+    try:
+        taken = to_identity(body, taken)
+        check_fit(body, taken)
+    except RuntimeError as error:
+        raise ValueError(f"the detector in {folder} has another backbone: {error}") from error
+    rest = {name: value for name, value in detector.state_dict().items() if not name.startswith(prefix)}
+    fitting = {k: state[k] for k, value in rest.items() if k in state and state[k].shape == value.shape}
+    body.load_state_dict(taken)
+    detector.load_state_dict(fitting, strict=False)
+
+
 def create_body(backbone: str, **options: Any) -> Any:
-    """A timm model with ``features_only=True``; ValueError if it has not the four levels."""
+    """A timm model with ``features_only=True``; ValueError without the four levels, or for one image size alone."""
     try:
         body = models.create(backbone, features_only=True, **options)
     except (ValueError, FileNotFoundError):
         raise
-    except (AttributeError, AssertionError, RuntimeError, TypeError) as error:  # timm's, for what gives no features
+    except Exception as error:  # timm's, of many kinds, for what gives no features
         raise ValueError(f"{backbone} gives no feature maps (features_only=True): {error!r}") from error
     strides = body.feature_info.reduction()
     if not set(STRIDES) <= set(strides):
@@ -178,6 +267,17 @@ def create_body(backbone: str, **options: Any) -> Any:
             f"{backbone} has feature maps at the strides {', '.join(map(str, strides))}; a pyramid needs "
             f"{', '.join(map(str, STRIDES))}"
         )
+    height, width = 96, 160
+    wanted = [(1, c, height // s, width // s) for c, s in zip(body.feature_info.channels(), strides, strict=True)]
+    training = body.training
+    try:
+        with torch.no_grad():
+            found = [tuple(level.shape) for level in body.eval()(torch.zeros(1, 3, height, width))]
+    except Exception as error:
+        raise ValueError(f"{backbone} does not take images of any size ({error!r}); a detector needs that") from error
+    body.train(training)
+    if found != wanted:
+        raise ValueError(f"{backbone} makes maps of {found} from an image of {height} x {width}, not of {wanted}")
     return body
 
 
@@ -230,9 +330,7 @@ def load_detector(folder: str) -> Any:
         FileNotFoundError: if the folder has no config.json or no weights.
         ValueError: if they are of something else, or damaged.
     """
-    place = Path(folder)
-    if not (place / CONFIG).is_file() and (place / "model" / CONFIG).is_file():
-        place = place / "model"  # of a run's folder
+    place = _place(folder)
     for name in (CONFIG, "model.safetensors"):
         if not (place / name).is_file():
             raise FileNotFoundError(

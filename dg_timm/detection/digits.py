@@ -10,7 +10,7 @@ PAGES = {"train": 240, "validation": 60}
 
 
 def digit_pages(seed: int = 0) -> dict[str, Dataset]:
-    """Pages with 2 to 6 of scikit-learn's digits, 16 to 32 px large, none over another; always the same ones.
+    """Pages with 1 to 6 of scikit-learn's digits, 16 to 32 px large, none over another; always the same ones.
 
     The digits of the two splits are different ones. Boxes are [left, top, width, height] of the digit's square.
     """

@@ -44,7 +44,10 @@ class ClassFigures(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """COCO's average precision in percent: ``overall`` by the names of ``NAMES`` (those of no box left out)."""
+    """COCO's average precision in percent: ``overall`` by the names of ``NAMES``.
+
+    A size of which there is no box is left out; AP is nan where there is no box at all.
+    """
 
     overall: dict[str, float]
     classes: list[ClassFigures]
@@ -107,7 +110,7 @@ def evaluate_detector(
 
 
 def average_precision(found: list[Detections], split: DetectionSplit, categories: Categories) -> Precision:
-    """COCO's figures of detections; images of the split that they do not name count as without any.
+    """COCO's figures of detections over the images that they name (of which nothing may have been found).
 
     Raises:
         ValueError: if there is no image to judge.
@@ -139,6 +142,7 @@ def average_precision(found: list[Detections], split: DetectionSplit, categories
     )
     result = metric.compute()
     overall = {name: 100 * float(result[key]) for name, key in NAMES.items() if float(result[key]) >= 0}
+    overall.setdefault("AP", float("nan"))  # no box to find
     # (thresholds of overlap, recalls, classes, sizes, most detections), -1 where there is no box
     precision = result["precision"][:, :, :, 0, -1]
     labels = [int(label) for label in result["classes"].reshape(-1)]

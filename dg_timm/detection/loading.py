@@ -101,7 +101,7 @@ def make_transform(
 
     Args:
         augment: False leaves image and boxes as they are.
-        photometric: of changed brightness, contrast, saturation and hue.
+        photometric: of changed brightness, contrast, saturation, hue and order of the channels.
         crop: of a crop that keeps some boxes well inside (SSD's, by overlap); boxes whose centre it loses are dropped.
         zoom_out: of placing the image on a larger canvas.
     """

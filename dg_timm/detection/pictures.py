@@ -68,6 +68,7 @@ def draw_detections(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'dg-timm[detect]'") from error
     body, device = detector.backbone.body, next(detector.parameters()).device
@@ -110,6 +111,8 @@ def draw_detections(
             panel.set_xlabel("target", fontsize=5)
             panel.set_ylabel("source", fontsize=5)
             panel.tick_params(labelsize=5)
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_locator(MaxNLocator(integer=True))
             figure.colorbar(drawn, ax=panel, shrink=0.6).ax.tick_params(labelsize=5)
     FigureCanvasAgg(figure)
     file.parent.mkdir(parents=True, exist_ok=True)

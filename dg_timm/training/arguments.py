@@ -15,7 +15,8 @@ from dg_timm.training.optimization import SCHEDULES
 # A resumed run may differ in these; every other option decides what the weights become.
 RUN_OPTIONS = frozenset(
     {"recipe", "output", "resume", "dry_run", "workers", "report_to", "keep", "save_every", "log_every",
-     "val_batch_size", "on_bad_image", "patience", "allow_changed"}
+     "val_batch_size", "on_bad_image", "patience", "allow_changed", "pictures", "picture_score", "evaluate",
+     "execution"}
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import load_model_config_from_hf
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ def create(
             source = name if folder else "--pretrained"
             raise ValueError(f"{source} and the checkpoint {initial_checkpoint} both name weights; give one of them")
         file = _weights_file(initial_checkpoint)
-        overlay = dict(file=str(file), num_classes=_classes_in(name, file), url="", hf_hub_id=None)
+        classes = _classes_in(name, file, needed=not options.get("features_only"))
+        overlay = dict(file=str(file), num_classes=classes, url="", hf_hub_id=None)
         options |= dict(pretrained_cfg_overlay=overlay)
     try:
         return timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
@@ -93,6 +95,19 @@ def names_weights(name: str) -> bool:
     return _resolve(name)[1]
 
 
+def saved_args(name: str) -> dict[str, Any]:
+    """The arguments with which the model of a folder or of the Hub was made, as its config.json has them."""
+    name, saved = _resolve(name)
+    if not saved:
+        return {}
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        args: Optional[dict[str, Any]] = json.loads((Path(place) / "config.json").read_text()).get("model_args")
+    else:
+        args = load_model_config_from_hf(place)[2]
+    return args or {}
+
+
 def _weights_file(source: str) -> Path:
     path = Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -103,8 +118,8 @@ def _weights_file(source: str) -> Path:
     return file
 
 
-def _classes_in(name: str, file: Path) -> int:
-    """How many classes the classifier in a weights file has."""
+def _classes_in(name: str, file: Path, needed: bool = True) -> int:
+    """How many classes the classifier in a weights file has; 0 if there is none, and none is needed."""
     classifier = timm.get_pretrained_cfg_value(name, "classifier")
     try:
         with safe_open(file, "pt") as tensors:
@@ -113,6 +128,8 @@ def _classes_in(name: str, file: Path) -> int:
                     return int(tensors.get_slice(key).get_shape()[0])
     except SafetensorError as error:
         raise ValueError(f"{file} can't be read: {error}; it is truncated or no safetensors file") from error
+    if not needed:
+        return 0
     raise ValueError(f"{file} has no classifier {classifier}.weight; it is not a checkpoint of {name}")
 
 

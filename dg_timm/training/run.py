@@ -24,6 +24,10 @@ from dg_timm.training.report import Metric, Report, Row
 from dg_timm.training.setup import build_optimization
 from dg_timm.training.trainer import NonFiniteLoss, Plan, Stopped, Trainer
 
+# of a run's folder, and of an evaluation's
+WRITTEN = ("args.yaml", "checkpoints", "model", "summary.csv", "updates.csv", "curves.png", "environment.json",
+           "predictions.json", "per_class.csv", "figures.json", "detections.png")  # fmt: skip
+
 
 class Task(NamedTuple):
     """What a run trains.
@@ -131,11 +135,17 @@ def assemble(
     )  # fmt: skip
 
 
+def check_unused(folder: Path, advice: str = "") -> None:
+    """ValueError if a folder holds what a run would write: nothing of another's is replaced."""
+    found = next((name for name in WRITTEN if (folder / name).exists()), None)
+    if found is not None:
+        raise ValueError(f"{folder} holds a run already ({found}): {advice}give another --output")
+
+
 def find_start(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> Optional[Path]:
     """The checkpoint to go on from, or None for a fresh run; ValueError if it is that of another training."""
     if args.resume is None:
-        if (folder.parent / "args.yaml").exists():
-            raise ValueError(f"{folder.parent} holds a run already: go on with --resume auto, or give another --output")
+        check_unused(folder.parent, "go on with --resume auto, or ")
         return None
     # the main process looks: files may change under the others' eyes
     found: list[Any] = [None, []]
@@ -201,7 +211,7 @@ def run(args: argparse.Namespace, work: Callable[[Accelerator, StopRequest], Non
                 mixed_precision=args.mixed_precision,
                 compile=compile,
                 trackers=args.report_to,
-                folder=Path(args.output),
+                folder=Path(args.output) if args.output else None,
             )
             work(accelerator, stop)
         except Stopped as stopped:

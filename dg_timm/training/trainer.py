@@ -382,8 +382,8 @@ class Trainer:
         if is_best and self.accelerator.is_main_process:
             try:
                 self.on_best(row)
-            except OSError as error:
-                failure = str(error)
+            except Exception as error:  # the other processes must hear of it
+                failure = str(error) or type(error).__name__
         if self.agreement.any(bool(failure)):
             raise OSError(
                 f"the best model can't be written ({failure or 'by another process'}); its checkpoint is intact"
