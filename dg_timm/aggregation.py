@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dg_timm import cpu_kernels, graph, map_memory
 
 PATHS = ("kernels", "torch", "reference")
+_PLAIN = (Tensor, torch.nn.Parameter)  # no fx proxies, fake tensors, subclasses of the user's
 _path = "kernels"
 
 
@@ -57,7 +58,7 @@ def is_fused(x: Tensor) -> bool:
 def _is_fused(x: Tensor) -> bool:
     return not (
         _path == "reference"
-        or type(x) not in (Tensor, torch.nn.Parameter)  # fx proxies, fake tensors, subclasses of the user's
+        or type(x) not in _PLAIN
         or x.is_meta
         or torch.jit.is_tracing()
         or torch.compiler.is_compiling()
@@ -184,7 +185,8 @@ def recompute(z: Tensor, sources: Sequence[Tensor], weights: Tensor) -> Iterator
 
     Where saved tensors have hooks already (activations moved to another device, say) those have their way.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    if not enabled or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         yield
         return
     again = Recipe(z, sources, weights)
@@ -283,7 +285,14 @@ def kernels_for(like: Tensor) -> Any:
     """The kernels for maps like this one (with ``gather`` and ``fan_out``); None where PyTorch's operations do."""
     if _path != "kernels" or like.device.type not in ("cpu", "cuda"):
         return None
-    kernels = cpu_kernels.load() if like.device.type == "cpu" else _cuda_kernels(like.device)
+    if type(like) not in _PLAIN:  # it may have no memory to look at
+        return None
+    if like.device.type == "cpu":
+        kernels = cpu_kernels.load()
+    elif torch.cuda.is_current_stream_capturing():  # nothing may be compiled or checked now
+        return None
+    else:
+        kernels = _cuda_kernels(like.device)
     return kernels if kernels is not None and like.dtype in kernels.dtypes else None
 
 
@@ -296,6 +305,8 @@ def _cuda_kernels(device: torch.device) -> Any:
 
         kernels = cuda_kernels.Kernels()
         cuda_kernels.check(kernels, device)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # whatever Triton or its compiler raise: no reason to stop a network that runs without
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(

@@ -25,8 +25,8 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 def _gather(  # type: ignore[no-untyped-def]
     out, partial, sources, weights, stride, length, FIRST: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    image = tl.program_id(1).to(tl.int64)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(0).to(tl.int64)  # there may be more images than the second axis of a grid takes
+    offsets = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < length
     at = image * length + offsets
     total = tl.zeros([BLOCK], SUM)
@@ -41,12 +41,12 @@ def _gather(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dots(parts, gradients, x, length, SUM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    image, piece = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    image, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offsets = piece.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < length
     at = image * length + offsets
     own = tl.load(x + at, inside, other=0.0).to(SUM)
-    part = parts + (image * tl.num_programs(0) + piece) * len(gradients)
+    part = parts + (image * tl.num_programs(1) + piece) * len(gradients)
     for j in tl.static_range(len(gradients)):
         tl.store(part + j, tl.sum(own * tl.load(gradients[j] + at, inside, other=0.0).to(SUM)))
 
@@ -61,7 +61,7 @@ class Kernels:
         if out.numel() == 0:
             return
         length = out[0].numel()
-        grid = (triton.cdiv(length, _BLOCK), len(out))
+        grid = (len(out), triton.cdiv(length, _BLOCK))
         partial = torch.empty_like(out, dtype=weights.dtype) if len(sources) > AT_ONCE else out
         for start in range(0, len(sources), AT_ONCE):
             now = tuple(sources[start : start + AT_ONCE])
@@ -79,10 +79,10 @@ class Kernels:
         if dw is None or x.numel() == 0:
             return
         length = x[0].numel()
-        grid = (triton.cdiv(length, _BLOCK), len(x))
+        grid = (len(x), triton.cdiv(length, _BLOCK))
         for start in range(0, len(gradients), AT_ONCE):
             now = tuple(gradients[start : start + AT_ONCE])
-            parts = torch.empty(len(x), grid[0], len(now), dtype=weights.dtype, device=x.device)
+            parts = torch.empty(len(x), grid[1], len(now), dtype=weights.dtype, device=x.device)
             with torch.cuda.device_of(x):
                 _dots[grid](parts, now, x, length, _sum(weights), _BLOCK)
             dw[:, start : start + len(now)] = parts.sum(1)

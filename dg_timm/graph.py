@@ -54,9 +54,9 @@ def close(weight: Tensor, threshold: Tensor, surrogate_width: float = SURROGATE_
     """
     magnitude = weight.detach().abs()
     if not torch.is_grad_enabled():  # the same numbers in fewer steps
-        return torch.where(magnitude >= threshold, weight, 0.0)
+        return torch.where(magnitude < threshold, 0.0, weight)  # NaN is not below, and stays: it must be seen
     is_open = torch.sigmoid((magnitude - threshold) / surrogate_width)
-    hard = straight_through(weight, torch.where(magnitude >= threshold, weight, 0.0))
+    hard = straight_through(weight, torch.where(magnitude < threshold, 0.0, weight))
     return hard + weight.detach() * (is_open - is_open.detach())  # the second term is 0, and carries tau's gradient
 
 

@@ -39,7 +39,8 @@ def empty_like(x: Tensor, batch: Optional[int] = None) -> Tensor:
     owner = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(owner, _give_back, block).atexit = False
     storage = torch.frombuffer(owner, dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, shape, stride)  # no view: gradients may be added in place
+    whole = torch.empty(0, dtype=x.dtype, device="cpu")  # whatever the default device is
+    return whole.set_(storage, 0, shape, stride)  # no view: gradients may be added in place
 
 
 def _take(size: int) -> mmap.mmap:

@@ -170,13 +170,12 @@ class DGStage(nn.Module):
         return max(pieces, 1)
 
     @torch.jit.unused
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="sparse execution chooses what to run by the image")
     def sparse(self, x: Tensor) -> Tensor:
         """As :meth:`dense` in evaluation, to rounding; closed edges are not read, removed nodes are not run."""
-        traced: object = x
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(traced, torch.fx.Proxy):
+        if _sparse.is_transformed(x):
             raise RuntimeError(
-                "sparse execution chooses what to run by the image and can't be traced or exported; "
+                "sparse execution chooses what to run by the image and can't be traced, exported or transformed; "
                 "dg_timm.set_execution(model, 'dense') first"
             )
         if self.training:
@@ -185,12 +184,21 @@ class DGStage(nn.Module):
             )
         if x.is_meta:  # only shapes are asked for
             return self.dense(x)
+        for module in self.modules():
+            if _takes_batch_statistics(module):
+                raise RuntimeError(
+                    f"sparse execution runs a block for a part of the batch, and a {type(module).__name__} of this "
+                    "stage would take its statistics: call model.eval(), or dg_timm.set_execution(model, 'dense')"
+                )
         with torch.no_grad():
             pieces = self.pieces(x)
             out = (
                 torch.cat([self._sparse(piece) for piece in x.tensor_split(pieces)]) if pieces > 1 else self._sparse(x)
             )
-        return _sparse.NoGradient.apply(x, out) if x.requires_grad else out
+        if not torch.is_grad_enabled():
+            return out
+        learning = next((p for p in (x, *self.parameters()) if p.requires_grad), None)
+        return out if learning is None else _sparse.NoGradient.apply(learning, out)
 
     def _sparse(self, source: Tensor) -> Tensor:
         for child in self[: self.num_entry]:  # type: ignore[union-attr]
@@ -278,10 +286,16 @@ class DGStage(nn.Module):
         return f"nodes={len(self.block_names) + 2}, {options}"
 
 
+def _takes_batch_statistics(module: nn.Module) -> bool:
+    """Whether a norm averages over the batch: in training mode, or always, if it has no running statistics."""
+    return hasattr(module, "running_mean") and (module.training or module.running_mean is None)
+
+
 def _sees_the_batch(module: nn.Module) -> bool:
-    """Whether a module's result depends on the batch as a whole, or somebody watches it."""
-    batch_statistics = getattr(module, "running_mean", module) is None  # instead of running ones, also in evaluation
-    return module.training or batch_statistics or bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a module's result may depend on the batch as a whole, or somebody watches it."""
+    return (
+        module.training or _takes_batch_statistics(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+    )
 
 
 def _global_hooks() -> bool:

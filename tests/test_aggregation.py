@@ -490,3 +490,23 @@ def test_compiled_networks_take_the_reference_formulas():
             warnings.simplefilter("ignore")
             got = torch.compile(model, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_large_maps_on_the_cpu_whatever_the_default_device_is():
+    maps = [torch.randn(4, 64, 72, 72) for _ in range(2)]  # 5 MiB: memory of our own
+    wanted = graph.aggregate(maps, torch.ones(4, 2))
+    weights = torch.ones(4, 2)
+    with torch.device("meta"):
+        got = aggregation.gather(maps, weights)
+    assert got.device.type == "cpu"
+    torch.testing.assert_close(got, wanted)
+
+
+def test_training_where_saved_tensors_may_have_no_hooks():
+    stage, x = make_stage("input", 3), images("input")
+    out = stage(x)
+    wanted = torch.autograd.grad(out.sum(), list(stage.parameters()))
+    with torch.autograd.graph.disable_saved_tensors_hooks("none, please"):
+        got = torch.autograd.grad(stage(x).sum(), list(stage.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)

@@ -71,8 +71,18 @@ def test_sweep_memory_and_aggregation(tmp_path):
         (["resnet18:sparse"], "the execution of a dg_ model is one of"),
         (["dg_resnet18", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["dg_resnet18", "--rounds", "2"], "--rounds must be at least 3, got 2"),
-        (["dg_resnet18", "--removed", "1.5"], "--removed is a share from 0 to 1, got 1.5"),
-        (["dg_resnet18", "--removed", "0.5", "--mode", "training"], "--removed and --sweep are for inference"),
+        (["dg_resnet18:sparse", "--removed", "1.5"], "--removed is a share from 0 to 1, got 1.5"),
+        (["dg_resnet18:sparse", "--removed", "0.5", "--mode", "training"], "sparse execution is for inference"),
+        (["dg_resnet18:static", "--removed", "0.5", "--mode", "training"], "--removed and --sweep are for inference"),
+        (["dg_resnet18", "--removed", "0.5"], "dense execution runs what --removed removes"),
+        (["dg_resnet18:dense", "--sweep"], "--sweep is of dg_ models in sparse execution"),
+        (["resnet18", "--sweep"], "--sweep is of dg_ models"),
+        (["resnet18", "--aggregation"], "--aggregation needs a dg_ model"),
+        (["dg_resnet18", "--plot", "x.xyz"], r"x.xyz must be a file that ends with .png"),
+        (["dg_resnet18", "--json", "."], r"must be a file that ends with .json"),
+        (["dg_resnet18", "--device", "meta"], "--device is cpu or cuda, got meta"),
+        (["dg_resnet18", "--threads", "100000"], "--threads 100000 on"),
+        (["vit_tiny_patch16_224", "--image-size", "64"], "does not take images of 64 px"),
         (["dg_resnet18", "--device", "cuda:7"], "--device cuda:7 can't be used"),
         (["dg_resnet18", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (
@@ -101,6 +111,37 @@ def test_a_model_that_predicts_something_else_is_not_timed(monkeypatch):
             benchmark_models.measure(["dg_resnet18"], SETTING, 3)
 
 
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    from dg_timm import aggregation
+
+    training = {**SETTING, "mode": "training"}
+    benchmark_models.measure(["dg_resnet18"], training, 3)
+    right = aggregation.fan_out_gradients
+
+    def wrong(*args, **options):
+        dx, dw = right(*args, **options)
+        return dx if dx is None else -dx, dw
+
+    monkeypatch.setattr(aggregation, "fan_out_gradients", wrong)
+    with pytest.raises(benchmark_models.Refused, match="the gradient of dg_resnet18 is not that of the reference"):
+        benchmark_models.measure(["dg_resnet18"], training, 3)
+
+
+def test_a_line_for_every_image_size_and_a_bar_for_every_row(tmp_path):
+    common = dict(model="m", mode="i", batch_size=1, layout="nchw", dtype="f", low=0.1, high=1.0)
+    rows = [dict(common, image_size=px, cost=c, ratio=px * c) for px in (1, 2) for c in (0.2, 0.5, 1)]
+    fits = benchmark_report.fits(rows)
+    assert [(fit["image_size"], fit["slope"]) for fit in fits] == [(1, 1.0), (2, 2.0)]
+    drawn = []
+    from matplotlib.axes import Axes
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Axes, "barh", lambda self, places, values, **options: drawn.extend(values))
+    benchmark_report.plot(tmp_path / "bars.png", {"times": rows + rows})
+    monkey.undo()
+    assert len(drawn) == 12
+
+
 def test_imposed_paths_follow_the_parts_of_a_batch(monkeypatch):
     from dg_timm import stage
 
@@ -111,6 +152,7 @@ def test_imposed_paths_follow_the_parts_of_a_batch(monkeypatch):
 
 
 def test_a_line_through_exact_points():
-    rows = [dict(model="m", batch_size=1, layout="nchw", dtype="f", cost=c, ratio=0.1 + 0.9 * c) for c in (0.2, 0.5, 1)]
+    common = dict(model="m", mode="i", batch_size=1, image_size=9, layout="nchw", dtype="f")
+    rows = [dict(common, cost=c, ratio=0.1 + 0.9 * c) for c in (0.2, 0.5, 1)]
     (fit,) = benchmark_report.fits(rows)
     assert (fit["slope"], fit["intercept"], fit["r_squared"]) == (0.9, 0.1, 1.0)

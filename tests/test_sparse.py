@@ -127,7 +127,6 @@ def test_adjacency_sees_the_dense_graph_whatever_the_execution():
     close_at_random(model, 0.5)
     x = torch.randn(4, 3, 64, 64)
     wanted, cost = dg_timm.adjacency(model, x), dg_timm.cost(model, x)
-    dg_timm.set_execution(model, "sparse")
     found = dg_timm.adjacency(model, x)
     assert all(torch.equal(found[name] != 0, wanted[name] != 0) for name in wanted)
     assert torch.equal(dg_timm.cost(model, x), cost)
@@ -141,6 +140,72 @@ def model():
     made = timm.create_model("dg_regnetx_002", num_classes=3).eval()
     dg_timm.set_execution(made, "sparse")
     return made
+
+
+# --------------------------------------------------------------------------- where nothing may be read
+
+
+def test_what_records_or_transforms_a_program_is_refused(model):
+    """What is read of one image would hold for all; and what has no memory must not be read."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = torch.randn(2, 3, 64, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        with pytest.raises(RuntimeError, match="can't be traced, exported or transformed"):
+            model(fake)
+    for transform in (lambda: make_fx(model)(x), lambda: torch.func.vmap(model)(x[None]),
+                      lambda: torch.func.jvp(model, (x,), (x,)), lambda: model(TwoTensor(x, x))):  # fmt: skip
+        with pytest.raises(RuntimeError, match="can't be traced, exported or transformed"):
+            transform()
+
+
+def test_what_only_watches_is_not(model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 64, 64))
+    assert counter.get_total_flops() > 10**6
+
+
+def test_norms_that_take_the_batchs_statistics_are_refused():
+    stage = make_stage("input", 3).eval()
+    stage.execution = "sparse"
+    stage[0].bn1.train()
+    with pytest.raises(RuntimeError, match="a BatchNorm2d of this stage would take its statistics"):
+        stage(images("input"))
+    stage[0].bn1.eval()
+    stage[0].bn1.running_mean = None
+    with pytest.raises(RuntimeError, match="would take its statistics"):
+        stage(images("input"))
+
+
+def test_a_parameter_that_learns_behind_a_frozen_stem_is_told(model):
+    stages = list(dg_timm.checkpoint.graph_stages(model).values())
+    model.requires_grad_(False)
+    stages[1].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="sparse execution has no gradients"):
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model.requires_grad_(False)
+    model.get_classifier().requires_grad_(True)  # a linear probe needs none of the stages' gradients
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.get_classifier().weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not model(torch.randn(2, 3, 64, 64)).requires_grad
+
+
+@pytest.mark.parametrize("execution", ["dense", "sparse"])
+def test_an_image_that_is_not_a_number_stays_one(model, execution):
+    """A weight that is not a number is not below a threshold: a corrupt image must not pass as a prediction."""
+    dg_timm.set_execution(model, execution)
+    x = torch.randn(3, 3, 64, 64)
+    x[1] = float("nan")
+    with torch.no_grad():
+        out = model(x)
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
 
 
 def test_an_unknown_name_changes_nothing(model):

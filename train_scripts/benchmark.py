@@ -1,7 +1,7 @@
 """Time networks beside each other: static and dynamic, in one run, each in its turn.
 
-    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode inference
-    training python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
+    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode training
+    python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
     python train_scripts/benchmark.py dg_resnet50 --sweep --plot results/sparse.png
     python train_scripts/benchmark.py dg_resnet50 --memory --mode training
     python train_scripts/benchmark.py dg_resnet50 dg_resnet101 --aggregation
@@ -12,7 +12,8 @@ static twin of every dynamic network takes part, and ratios are against it. A ro
 that turns round every time; the table has medians, the median of the rounds' ratios, and its quartiles.
 
 Nothing is timed before it predicts what it must: an identity conversion bit for bit what its twin predicts (float32),
-then, with the weights that are timed, what the reference formulas give. ``--edges open`` (the default) gives every edge
+then, with the weights that are timed, what the reference formulas give; compiled, in half precision and in training as
+it is timed, with gradients. ``--edges open`` (the default) gives every edge
 a weight; ``identity`` times the conversion, in which the kernels do not read the edges of weight 0. ``--removed F``
 draws new random paths past a share F of the blocks for every image and round, and prints the share of the static
 network's multiply-adds that remains. The column *limit* is 1 + the least time that aggregation's memory traffic takes
@@ -74,8 +75,12 @@ def main() -> None:
                     print(report.table(rows, report.TIMES, header=header), flush=True)
                     result["times"] += rows
                     header = False
-    except (models.Refused, torch.OutOfMemoryError) as error:
-        sys.exit(f"benchmark.py: {error}")
+    except (models.Refused, torch.OutOfMemoryError, MemoryError) as error:
+        sys.exit(f"benchmark.py: {error or 'out of memory: use a smaller --batch-size'}")
+    except (RuntimeError, OSError) as error:
+        if "allocate memory" not in str(error):  # of torch's allocator, and of mmap
+            raise
+        sys.exit(f"benchmark.py: out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size")
     if args.json:
         report.write(args.json, json.dumps(result, indent=1) + "\n")
     if args.plot:
@@ -122,9 +127,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if execution and (execution not in dg_timm.introspect.EXECUTIONS or not name.startswith("dg_")):
             executions = ", ".join(dg_timm.introspect.EXECUTIONS)
             parser.error(f"{spec!r}: the execution of a dg_ model is one of {executions}")
+        if execution == "sparse" and "training" in args.mode:
+            parser.error(f"{spec!r}: sparse execution is for inference, and --mode says training")
+        if args.sweep and (not name.startswith("dg_") or execution not in ("", "sparse")):
+            parser.error(f"{spec!r}: --sweep is of dg_ models in sparse execution")
+        if args.removed is not None and name.startswith("dg_") and execution not in ("sparse", "static"):
+            parser.error(f"{spec!r}: dense execution runs what --removed removes; say {name}:sparse or {name}:static")
+    if args.aggregation and not any(spec.startswith("dg_") for spec in args.models) and not args.zoo:
+        parser.error("--aggregation needs a dg_ model: a static one aggregates nothing")
+    if args.memory and args.removed is not None:
+        parser.error("--removed is about time; --memory does not take it")
     for option, least in {"batch_size": 1, "image_size": 32, "rounds": 3, "threads": 1}.items():
         given = getattr(args, option)
         for value in given if isinstance(given, list) else [given]:
+            if option == "threads" and value > 16 * (os.cpu_count() or 1):
+                parser.error(f"--threads {value} on {os.cpu_count()} cores")
             if value < least:
                 parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     if args.removed is not None and not 0 <= args.removed <= 1:
@@ -132,12 +149,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.removed is not None or args.sweep) and "training" in args.mode:
         parser.error("--removed and --sweep are for inference: the wiring is imposed, not trained")
     try:
+        if torch.device(args.device).type not in ("cpu", "cuda"):
+            parser.error(f"--device is cpu or cuda, got {args.device}")
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
-    for path in (args.json, args.plot):
+    for path, endings in ((args.json, (".json",)), (args.plot, (".png", ".pdf", ".svg"))):
         if path and not path.parent.is_dir():
             parser.error(f"there is no folder {path.parent} to write {path.name} to")
+        if path and (path.suffix not in endings or path.is_dir()):
+            parser.error(f"{path} must be a file that ends with {' or '.join(endings)}")
 
 
 def specs(args: argparse.Namespace) -> list[str]:

@@ -60,6 +60,7 @@ def measure(specs: list[str], setting: Setting, rounds: int) -> list[dict[str, A
     runners = {}
     for spec, entry in contestants.items():
         model: Any = torch.compile(entry.model) if setting["compile"] else entry.model
+        as_timed(spec, model, entry.model, images, setting)
         runners[spec] = step(model)
         entry.prepare()
         for _ in range(3 if setting["compile"] else 2):  # warm up
@@ -87,6 +88,8 @@ def row(entry: Contestant, contestants: dict[str, Contestant], setting: Setting,
         "model": entry.spec,
         **setting,
         "rounds": len(ratios),
+        "static_rounds_ms": [round(value, 3) for value in static.milliseconds],
+        "dynamic_rounds_ms": [round(value, 3) for value in entry.milliseconds],
         "static_ms": round(median(static.milliseconds), 2),
         "dynamic_ms": round(median(entry.milliseconds), 2),
         "ratio": round(median(ratios), 3),
@@ -109,7 +112,11 @@ def contestant(spec: str, setting: Setting, images: Tensor, others: dict[str, Co
     torch.manual_seed(0)
     if not name.startswith("dg_"):
         model = timm.create_model(name).to(setting["device"]).to(memory_format=layout)
-        check_memory(spec, memory_needed(model, setting), setting)
+        try:
+            needed = memory_needed(model, setting)
+        except (AssertionError, RuntimeError) as error:
+            raise Refused(f"{spec} does not take images of {setting['image_size']} px: {error}") from error
+        check_memory(spec, needed, setting)
         return Contestant(spec, model.train(setting["mode"] == "training"), lambda: None)
     static = others[twin(spec)].model
     weights = dict(state_dict=static.state_dict())
@@ -141,15 +148,50 @@ def contestant(spec: str, setting: Setting, images: Tensor, others: dict[str, Co
         if execution == "sparse":
             dg_timm.set_execution(model, execution)
         elif execution == "static" and setting["removed"] is None:
-            complete = {
-                stage: torch.ones(len(g.block_names) + 2, len(g.block_names) + 2).triu(1).bool()
-                for stage, g in graph_stages(model).items()
-            }
-            dg_timm.set_execution(model, execution, complete)
+            dg_timm.set_execution(model, execution, complete_wiring(model))
         elif execution == "static":
             dg_timm.set_execution(model, execution, {stage: path.alpha[0] != 0 for stage, path in paths.items()})
         close(spec, model(images), wanted, "as the reference formulas")
     return Contestant(spec, model.train(setting["mode"] == "training"), prepare)
+
+
+def as_timed(spec: str, timed: Any, plain: nn.Module, images: Tensor, setting: Setting) -> None:
+    """Refuse what, as it is timed (compiled, autocast, training), is not what the reference formulas give eagerly.
+
+    Gradients are compared as one vector, by its angle and length.
+    """
+    dtype, training = getattr(torch, setting["dtype"]), setting["mode"] == "training"
+    if not (setting["compile"] or training or dtype != torch.float32):
+        return  # seen already
+    exactly = dtype == torch.float32
+
+    def outcome(model: Any) -> list[Tensor]:
+        torch.manual_seed(0)  # for dropout
+        with torch.set_grad_enabled(training), torch.autocast(images.device.type, dtype, enabled=not exactly):
+            out = model(images).float()
+        if not training:
+            return [out]
+        nn.functional.cross_entropy(out, torch.arange(len(images), device=images.device)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
+        plain.zero_grad()
+        return [out.detach(), gradient]
+
+    got = outcome(timed)
+    with aggregation.path("reference"):
+        wanted = outcome(plain)
+    tolerance = 1e-3 if exactly else 0.1
+    if not torch.allclose(got[0], wanted[0], tolerance, tolerance * float(wanted[0].abs().max())):
+        raise Refused(
+            f"{spec}, as it would be timed, does not predict what the reference formulas give; it is not timed"
+        )
+    if training:
+        angle = nn.functional.cosine_similarity(got[1].double(), wanted[1].double(), 0).item()
+        length = (got[1].norm() / wanted[1].norm()).item()
+        if angle < 1 - tolerance or abs(length - 1) > tolerance:
+            raise Refused(
+                f"the gradient of {spec} is not that of the reference formulas (cosine {angle:.4f}, {length:.4f} of "
+                "their length); it is not timed"
+            )
 
 
 def exact(spec: str, got: Tensor, wanted: Tensor, like: str) -> None:
@@ -162,6 +204,12 @@ def exact(spec: str, got: Tensor, wanted: Tensor, like: str) -> None:
 def close(spec: str, got: Tensor, wanted: Tensor, like: str) -> None:
     if got.shape != wanted.shape or not torch.allclose(got, wanted, 1e-3, 1e-3 * float(wanted.abs().max())):
         raise Refused(f"{spec} does not predict {like}; it is not timed")
+
+
+def complete_wiring(model: nn.Module) -> dict[str, Tensor]:
+    """Every edge of every stage, for static execution."""
+    sizes = {name: len(stage.block_names) + 2 for name, stage in graph_stages(model).items()}
+    return {name: torch.ones(n, n).triu(1).bool() for name, n in sizes.items()}
 
 
 class ImposedPaths:
@@ -317,7 +365,9 @@ def peak_memory(spec: str, setting: Setting) -> dict[str, float]:
     model = timm.create_model(name).to(setting["device"]).to(memory_format=layout_of(setting))
     check_memory(spec, memory_needed(model, setting), setting)
     model.train(setting["mode"] == "training")
-    if execution == "sparse":
+    if execution == "static":
+        dg_timm.set_execution(model, execution, complete_wiring(model))
+    elif execution:
         dg_timm.set_execution(model, execution)
     before = resident()
     compiled: Any = torch.compile(model) if setting["compile"] else model

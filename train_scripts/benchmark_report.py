@@ -16,6 +16,7 @@ Row = dict[str, Any]
 Columns = dict[str, str]  # heading -> key
 
 _SETTING: Columns = {"mode": "mode", "batch": "batch_size", "px": "image_size", "layout": "layout", "dtype": "dtype"}
+_LINE = ("model", *_SETTING.values())  # rows that differ in nothing else lie on one line
 TIMES: Columns = {
     "model": "model", **_SETTING, "static ms": "static_ms", "ms": "dynamic_ms", "ratio": "ratio", "quartile": "low",
     "to": "high", "multiply-adds": "cost", "limit": "limit",
@@ -27,7 +28,7 @@ AGGREGATION: Columns = {
     "quartile": "low", "to": "high",
 }  # fmt: skip
 FITS: Columns = {
-    "model": "model", "batch": "batch_size", "layout": "layout", "points": "points", "time at cost 0": "intercept",
+    "model": "model", **_SETTING, "points": "points", "time at cost 0": "intercept",
     "slope": "slope", "R^2": "r_squared",
 }  # fmt: skip
 
@@ -60,15 +61,14 @@ def fits(rows: list[Row]) -> list[Row]:
     """Lines through measured time over predicted cost, both relative to the static network."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["batch_size"], row["layout"], row["dtype"]), []).append(row)
+        groups.setdefault(tuple(row[key] for key in _LINE), []).append(row)
     found = []
-    for (model, batch, layout, dtype), group in groups.items():
+    for line, group in groups.items():
         cost, time = [row["cost"] for row in group], [row["ratio"] for row in group]
         slope, intercept = linear_regression(cost, time)
         found.append({
-            "model": model, "batch_size": batch, "layout": layout, "dtype": dtype, "points": len(group),
-            "slope": round(slope, 3), "intercept": round(intercept, 3),
-            "r_squared": round(correlation(cost, time) ** 2, 4),
+            **dict(zip(_LINE, line, strict=True)), "points": len(group), "slope": round(slope, 3),
+            "intercept": round(intercept, 3), "r_squared": round(correlation(cost, time) ** 2, 4),
         })  # fmt: skip
     return found
 
@@ -90,10 +90,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     if "sweep" in result:
         for fit in result["fits"]:
-            mine = [
-                r for r in result["sweep"] if all(r[k] == fit[k] for k in ("model", "batch_size", "layout", "dtype"))
-            ]
-            label = f"{fit['model']}, batch {fit['batch_size']}, {fit['layout']} (R² {fit['r_squared']:.3f})"
+            mine = [r for r in result["sweep"] if all(r[key] == fit[key] for key in _LINE)]
+            label = f"{', '.join(str(fit[key]) for key in _LINE)} (R² {fit['r_squared']:.3f})"
             (line,) = axes.plot([r["cost"] for r in mine], [r["ratio"] for r in mine], "o", label=label)
             ends = [min(r["cost"] for r in mine), max(r["cost"] for r in mine)]
             axes.plot(ends, [fit["intercept"] + fit["slope"] * x for x in ends], "-", color=line.get_color(), lw=1)
@@ -103,14 +101,16 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     else:
         kind = next(key for key in ("times", "memory", "aggregation") if key in result)
         key = "share" if kind == "aggregation" else "ratio"
-        names = [
-            f"{r.get('model', r.get('way'))} {r.get('mode', r.get('shape'))} {r.get('batch_size', '')} {r['layout']}"
-            for r in result[kind]
-        ]
+        told = ("model", "way", "mode", "shape", "in_degree", "batch_size", "image_size", "layout", "dtype")
+        names = [" ".join(str(r[key]) for key in told if key in r) for r in result[kind]]
+        figure.set_size_inches(9, max(2.5, 0.22 * len(names) + 1))
         values = [r[key] for r in result[kind]]
         spread = [[v - r.get("low", v) for v, r in zip(values, result[kind], strict=True)],
                   [r.get("high", v) - v for v, r in zip(values, result[kind], strict=True)]]  # fmt: skip
-        axes.barh(names, values, xerr=spread, color="tab:blue", error_kw={"lw": 1})
+        places = range(len(names))  # two bars may have one name
+        axes.barh(places, values, xerr=spread, color="tab:blue", error_kw={"lw": 1})
+        axes.set_yticks(places, names, fontsize=7)
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.axvline(1.0, color="black", lw=1)
         axes.invert_yaxis()
         axes.set_xlabel(
