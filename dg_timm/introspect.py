@@ -1,9 +1,9 @@
 """Look at a dynamic graph network and set its threshold."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dg_timm import graph
 from dg_timm.checkpoint import graph_stages, routers
+from dg_timm.router import Router
 from dg_timm.stage import DGStage
 
 EXECUTIONS = ("dense", "sparse", "static")
@@ -57,8 +58,14 @@ def as_dense(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the adjacency of the last forward that runs inside the ``with`` block, at no cost of a second one."""
+def record_adjacency(
+    model: nn.Module, row_of: Callable[[Router, Tensor, Tensor], Tensor] = lambda router, pooled, row: row.detach()
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the adjacency of the last forward that runs inside the ``with`` block, at no cost of a second one.
+
+    Args:
+        row_of: (router, pooled feature, weights of the edges that leave its node) -> what to collect of them.
+    """
     stages = require_dynamic(model)
     recorded: dict[str, Tensor] = {}
     if any(stage.execution != "dense" for stage in stages.values()):
@@ -70,8 +77,8 @@ def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         def begin(module: nn.Module, args: tuple[Tensor, ...], rows: list[Tensor] = rows) -> None:
             rows.clear()  # of a forward that was interrupted
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...], row: Tensor, rows: list[Tensor] = rows) -> None:
-            rows.append(row.detach())
+        def keep(module: Any, args: tuple[Tensor, ...], row: Tensor, rows: list[Tensor] = rows) -> None:
+            rows.append(row_of(module, args[0], row))
 
         def assemble(
             module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: list[Tensor] = rows

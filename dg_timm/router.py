@@ -64,15 +64,22 @@ class Router(nn.Module):
 
         ``reached``: (batch, 1) bool, False for the images for which this node is removed.
         """
+        return edge_weights(self.logits_of(pooled), self.scale, self.tau(), reached)
+
+    def logits_of(self, pooled: Tensor) -> Tensor:
+        """(batch, channels) -> (batch, out-degree), before the sigmoid."""
+        if hasattr(self, "fc"):  # TorchScript resolves it
+            return F.linear(pooled, self.fc.weight, self.fc.bias)
+        else:
+            return self.logits.expand(pooled.shape[0], -1)
+
+    def tau(self) -> Tensor:
+        """The threshold in force: a scalar."""
         threshold: Tensor = self.threshold
         fixed = self.fixed_threshold
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)
-        if hasattr(self, "fc"):  # TorchScript resolves it
-            logits = F.linear(pooled, self.fc.weight, self.fc.bias)
-        else:
-            logits = self.logits.expand(pooled.shape[0], -1)
-        return edge_weights(logits, self.scale, threshold, reached)
+        return threshold
 
     def extra_repr(self) -> str:
         return f"targets={self.first_target}..{self.first_target + self.out_degree - 1}"

@@ -24,6 +24,7 @@ from torch import nn
 
 from dg_timm.card import Accuracy, Card
 from dg_timm.checkpoint import graph_stages
+from dg_timm.cost import cost
 from dg_timm.hub import write_config
 from dg_timm.training import arguments
 from dg_timm.training.dry_run import dry_run
@@ -32,11 +33,13 @@ from dg_timm.training.loading import sample_images
 from dg_timm.training.models import save_model
 from dg_timm.training.optimization import BatchSplit, scaled_lr, split_batch
 from dg_timm.training.processes import StopRequest
-from dg_timm.training.report import TOP1, Row, graph_statistics, hardware
+from dg_timm.training.report import TOP1, Metric, Row, graph_statistics, hardware
 from dg_timm.training.run import Task, run, train
-from dg_timm.training.setup import build_network, load_data, make_loader, make_transforms
+from dg_timm.training.setup import build_network, load_data, make_loader, make_transforms, with_cost_target
 from dg_timm.version import __version__
 
+# A point of top-1 is worth a hundredth of the static network's cost: what is too dear is not the best.
+VALUE = Metric("value", "top-1 (%) less 100 x (cost - target)")
 RECIPES = Path(__file__).parent / "recipes"
 VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
 GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
@@ -81,8 +84,10 @@ def build(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit)
     val_loader = make_loader(
         splits.test, args, transforms[1], names, val_batch, accelerator, network.data_config, training=False
     )
+    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
+    objective = with_cost_target(args, network, args.updates or args.epochs * updates_per_epoch)
     sample = None
-    if accelerator.is_main_process and graph_stages(network.model):
+    if graph_stages(network.model) and (accelerator.is_main_process or args.target_cost is not None):
         sample = sample_images(val_loader, GRAPH_IMAGES).to(accelerator.device)
 
     def evaluate(candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
@@ -90,7 +95,11 @@ def build(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit)
             candidate, val_loader.epoch(0), accelerator, channels_last=args.channels_last, stop=stopping
         )
         row: Row = {"loss": figures.loss, "top1": figures.top1}
-        return row | ({"top5": figures.top5} if num_classes > 5 else {})
+        row |= {"top5": figures.top5} if num_classes > 5 else {}
+        if args.target_cost is not None and sample is not None:
+            mean = cost(candidate, sample).mean().item()
+            row |= {"cost": mean, "value": figures.top1 - 100 * max(0.0, mean - args.target_cost)}
+        return row
 
     def observe(candidate: nn.Module) -> Row:
         return graph_statistics(candidate, sample) if sample is not None else {}
@@ -115,12 +124,12 @@ def build(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit)
 
     return Task(
         model=network.model,
-        objective=network.objective,
+        objective=objective,
         loader=loader,
         val_loader=val_loader,
-        updates_per_epoch=-(-rows // split.images) if splits.train.streamed else rows // split.images,
+        updates_per_epoch=updates_per_epoch,
         evaluate=evaluate,
-        metric=TOP1,
+        metric=TOP1 if args.target_cost is None else VALUE,
         observe=observe,
         write_config=write_checkpoint_config,
         export=export,

@@ -324,6 +324,13 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEACHER",
         help="learn a teacher's logits; alone: those of the static network that --model was converted from; none: none",
     )
+    loss.add_argument("--target-cost", type=share, help="mean cost of an image, relative to the static network, that a "
+                      "dynamic one learns to keep to by closing edges")  # fmt: skip
+    loss.add_argument("--cost-weight", type=amount, default=10.0, help="of the squared distance from --target-cost")
+    loss.add_argument(
+        "--cost-ramp", type=share, default=0.5, help="part of the training over which the target comes down"
+    )
+    flag(loss, "--skippable", False, "start an identity conversion so that one router's decision skips a block")
     loss.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
     loss.add_argument("--distill-temperature", type=above_zero, default=1.0)
 

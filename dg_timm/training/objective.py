@@ -1,5 +1,6 @@
 """The loss of a batch: smoothing, mixup, distillation; one number an image, so that it can be weighted and summed."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -9,6 +10,7 @@ from timm.data.mixup import mixup_target
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from dg_timm.budget import ExpectedCost
 from dg_timm.training.loading import Batch, seeded
 
 
@@ -17,6 +19,45 @@ class Losses(NamedTuple):
 
     loss: Tensor
     shown: dict[str, Tensor]
+
+
+class CostTarget:
+    """Another objective, and a price on the distance of the mean cost of a batch from a target: ``(cost - target)^2``.
+
+    It shows ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be cheap at
+    once closes whatever closes fastest.
+
+    Args:
+        objective: that of the task.
+        expected: of the network that the objective runs, in or out of its wrapper.
+        target: mean cost relative to the static network, 0..1.
+        weight: of the squared distance.
+        ramp: updates until the target is in force.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Losses],
+        expected: ExpectedCost,
+        *,
+        target: float,
+        weight: float = 10.0,
+        ramp: int = 0,
+    ) -> None:
+        self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
+
+    def target_at(self, update: int) -> float:
+        """The target in force for an update, counted from 0."""
+        return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
+
+    def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
+        """Losses of a batch; ``update`` counts from 0."""
+        with self.expected.recording() as costs:
+            losses = self.objective(model, batch, update, *others)
+        cost = costs()
+        counted = batch.weights.sum().clamp(min=1)
+        distance = (cost * batch.weights).sum() / counted - self.target_at(update)
+        return Losses(losses.loss + self.weight * distance.square(), {**losses.shown, "cost": cost.detach()})
 
 
 class Classification:

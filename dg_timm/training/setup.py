@@ -10,9 +10,10 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from dg_timm.budget import ExpectedCost, make_skippable
 from dg_timm.training import models, optimization
 from dg_timm.training.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
-from dg_timm.training.objective import Classification
+from dg_timm.training.objective import Classification, CostTarget
 from dg_timm.training.sources import Split, Splits, load_splits
 
 
@@ -160,6 +161,8 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
             args.distill, model, args.model, not own_classifier, in_chans=args.in_chans, **args.model_kwargs
         )
         teacher = teacher.to(accelerator.device)
+    if args.skippable:  # a teacher is made of the plain identity, above
+        make_skippable(model)
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(
@@ -193,6 +196,17 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         model = model.to(memory_format=torch.channels_last)
     loaded = args.pretrained or args.initial_checkpoint or models.names_weights(args.model)
     return Network(model, objective, data_config, learning, not loaded)
+
+
+def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -> Any:
+    """The objective of a network; with --target-cost also a price on its cost. ``updates`` of the whole run."""
+    if args.target_cost is None:
+        return network.objective
+    if args.compile:
+        raise ValueError("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
+    expected = ExpectedCost(network.model, network.data_config["input_size"])
+    ramp = round(args.cost_ramp * updates)
+    return CostTarget(network.objective, expected, target=args.target_cost, weight=args.cost_weight, ramp=ramp)
 
 
 def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Towards a compute budget: costs that can be learned from, and a start from which blocks can be skipped (DESIGN 4)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm.checkpoint import is_identity, routers
+from dg_timm.cost import Costs, count_costs
+from dg_timm.introspect import record_adjacency, require_dynamic
+from dg_timm.router import Router
+
+# Of the sigmoid that stands in for the step of Eq. 5 where a cost is differentiated: wider than that of the threshold's
+# own gradient, so that an edge of weight 1 feels a price, too.
+WIDTH = 0.5
+ASLEEP = -4.0  # logit of an edge that could carry weight 1, and weighs 2 * sigmoid(-4) = 0.036
+
+
+class ExpectedCost:
+    """The cost of every image of a forward pass that trains, with a gradient for every edge.
+
+    Its value is exactly :func:`dg_timm.cost`; its gradient is that of the expectation where an edge is open with
+    probability ``sigmoid((|weight| - tau) / width)``. So routers, scales and thresholds learn to close edges, and to
+    open them again.
+
+    Args:
+        model: a dynamic graph network, in dense execution.
+        input_size: (channels, height, width) of its images; by default that of its configuration.
+
+    Raises:
+        ValueError: if the model is static.
+    """
+
+    def __init__(
+        self, model: nn.Module, input_size: Optional[tuple[int, int, int]] = None, width: float = WIDTH
+    ) -> None:
+        require_dynamic(model)
+        self.model, self.width = model, width
+        self.costs: Costs = count_costs(model, input_size)
+
+    def openness(self, router: Router, pooled: Tensor, row: Tensor) -> Tensor:
+        """(batch, out-degree): 1 for an open edge and 0 for a closed one, with the gradient of its probability."""
+        weight = torch.sigmoid(router.logits_of(pooled).float())
+        weight = weight if router.scale is None else weight * router.scale.float()
+        soft = torch.sigmoid((weight.abs() - router.tau().float()) / self.width)
+        return (row != 0).to(soft.dtype) + (soft - soft.detach())
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], Tensor]]:
+        """Call what it gives after a forward pass of the model inside the ``with`` block: (batch,) relative costs."""
+        with record_adjacency(self.model, self.openness) as opened:
+            yield lambda: self.costs.relative(opened)
+
+
+@torch.no_grad()
+def make_skippable(model: nn.Module, threshold: float = 0.1) -> None:
+    """Let an identity conversion, still bit for bit the static network, skip a run of blocks by one router's decision.
+
+    From the plain identity, to skip a block, the edges into it must close, and one past it must grow from scale 0 to
+    full weight, at once. Here every edge that passes a block has the scale at which it weighs 1 when its logit is 0,
+    and a logit so low that the threshold closes it.
+
+    Args:
+        model: an identity conversion.
+        threshold: of all nodes, above 0.036 (an edge that is asleep) and below 1 (the chain).
+
+    Raises:
+        ValueError: if the model is no identity conversion, or the threshold is out of range; it is then left as it was.
+    """
+    require_dynamic(model)
+    if not is_identity(model):
+        raise ValueError("only an identity conversion can be made skippable: convert a static network first")
+    if not 2 * torch.tensor(ASLEEP).sigmoid().item() < threshold < 1:
+        raise ValueError(f"threshold must lie between 0.036 and 1, got {threshold}")
+    for router in routers(model).values():
+        assert router.scale is not None
+        router.scale.fill_(2.0)
+        (router.fc.bias if hasattr(router, "fc") else router.logits)[1:] = ASLEEP
+        router.threshold.fill_(threshold)

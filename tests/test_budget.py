@@ -1,0 +1,105 @@
+"""Costs that can be learned from: their value is the cost, their gradient closes and opens edges."""
+
+import pytest
+import timm
+import torch
+from conftest import FAMILIES, randomize_graph, static_and_dynamic
+
+import dg_timm
+from dg_timm.budget import ASLEEP, ExpectedCost, make_skippable
+from dg_timm.checkpoint import graph_stages, routers
+from dg_timm.training.loading import Batch
+from dg_timm.training.objective import Classification, CostTarget
+
+SIZE = (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("instance_aware", [True, False])
+def test_its_value_is_the_cost(name, instance_aware):
+    model = randomize_graph(timm.create_model(name, num_classes=3, instance_aware=instance_aware).eval(), spread=5.0)
+    with torch.no_grad():
+        for router in routers(model).values():
+            router.scale.mul_(torch.rand_like(router.scale))
+    dg_timm.set_threshold(model, 0.3)
+    images = 3 * torch.randn(4, *SIZE)
+    with ExpectedCost(model, SIZE).recording() as costs:
+        model(images)
+    assert torch.allclose(costs().double(), dg_timm.cost(model, images), rtol=1e-5)
+    assert costs().min() < 1  # something is closed
+
+
+def test_a_price_closes_edges_and_a_target_above_opens_them():
+    """Descent on the cost alone reaches a target from above and from below, by routers, scales and thresholds."""
+    torch.manual_seed(0)
+    model = randomize_graph(timm.create_model("dg_regnetx_002", num_classes=3).eval())
+    images = torch.randn(4, *SIZE)
+    learning = [p for router in routers(model).values() for p in router.parameters()]
+    optimizer = torch.optim.Adam(learning, lr=0.02)
+    expected = ExpectedCost(model, SIZE)
+    for target in (0.5, 0.9):
+        for _ in range(60):
+            with expected.recording() as costs:
+                model(images)
+            loss = (costs().mean() - target).square()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert dg_timm.cost(model, images).mean().item() == pytest.approx(target, abs=0.08)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_skippable_network_is_still_the_static_one(name):
+    static, dynamic = static_and_dynamic(name, num_classes=3)
+    make_skippable(dynamic)
+    x = torch.randn(2, *SIZE)
+    assert torch.equal(dynamic(x), static.eval()(x))
+    assert dg_timm.cost(dynamic, x).max() < 1.06
+
+
+def test_one_router_skips_a_block():
+    _, model = static_and_dynamic("dg_resnet50", num_classes=3)
+    make_skippable(model)
+    x = torch.randn(1, *SIZE)
+    before = dg_timm.cost(model, x).item()
+    stage = next(s for s in graph_stages(model).values() if len(s.block_names) > 3)
+    with torch.no_grad():
+        stage.router1.fc.bias[0] = ASLEEP  # the edge to block 2 closes ...
+        stage.router1.fc.bias[1] = 0.0  # ... and the one past it wakes up
+    alpha = next(a for a in dg_timm.adjacency(model, x).values() if a.shape[1] == len(stage.block_names) + 2)
+    assert not alpha[0, :, 2].any()
+    assert alpha[0, 1, 3] == 1.0
+    assert dg_timm.cost(model, x).item() < before - 0.02
+
+
+def test_what_is_no_identity_is_refused_and_left_alone():
+    model = timm.create_model("dg_resnet18", num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="only an identity conversion"):
+        make_skippable(model)
+    _, identity = static_and_dynamic("dg_resnet18", num_classes=3)
+    for threshold in (0.0, 0.03, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"threshold must lie between 0\.036 and 1"):
+            make_skippable(identity, threshold)
+    with pytest.raises(ValueError, match="is a static network"):
+        ExpectedCost(timm.create_model("resnet18"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_objective_adds_the_squared_distance():
+    model = timm.create_model("dg_resnet18", num_classes=3).train()
+    n = 4
+    batch = Batch(
+        torch.randn(n, *SIZE), torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 1, 1, 0]), torch.zeros(n, 2), [], []
+    )
+    task = Classification(3)
+    priced = CostTarget(task, ExpectedCost(model, SIZE), target=0.4, weight=7.0, ramp=10)
+    assert [priced.target_at(update) for update in (0, 5, 10, 99)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
+    model.eval()
+    losses, plain = priced(model, batch, 5), task(model, batch, 5)
+    assert set(losses.shown) == {"top1", "cost"}
+    distance = losses.shown["cost"][:3].mean() - 0.7
+    assert torch.allclose(losses.loss, plain.loss + 7.0 * distance**2, rtol=1e-5)
+    losses.loss.sum().backward()
+    gradients = [router.threshold.grad for router in routers(model).values()]
+    assert all(gradient is not None and float(gradient.abs()) > 0 for gradient in gradients)
