@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 from kill_and_resume import finish, kill, start, state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_sources import DIGITS, png, shards
 
 import dg_timm
@@ -537,3 +537,34 @@ def test_recipes_of_the_paper(name):
     assert found == PAPER[name]
     assert (args.batch_size, args.momentum, args.sched) == (1024, 0.9, "cosine")
     assert args.opt in ("sgd", "momentum")  # timm's sgd is Nesterov's, as in Goyal et al. and in RegNet's code
+
+
+def test_training_towards_a_cost(tmp_path):
+    """Edges close as the target comes down; what is too dear is not the best."""
+    static = timm.create_model("test_resnet", num_classes=10)
+    save_file(static.state_dict(), tmp_path / "static.safetensors")
+    process = train("--model", "dg_test_resnet", *TINY, "--initial-checkpoint", tmp_path / "static.safetensors",
+                    "--skippable", "--target-cost", 0.5, "--cost-weight", 100, "--cost-ramp", 0.2,
+                    "--graph-lr-scale", 30, "--opt", "adamw", "--lr", 1e-3, "--train-limit", 320, "--epochs", 6,
+                    "--output", tmp_path / "run")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    table = rows(tmp_path / "run" / "summary.csv")
+    assert float(table[-1]["eval_cost"]) < 0.9 * float(table[0]["eval_cost"])
+    for row in table:
+        excess = max(0.0, float(row["eval_cost"]) - 0.5)
+        assert float(row["eval_value"]) == pytest.approx(float(row["eval_top1"]) - 100 * excess, abs=1e-6)
+    best = max(table, key=lambda row: float(row["eval_value"]))
+    assert f"in epoch {best['epoch']};" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [(("--model", "test_resnet", "--target-cost", 0.5), "is a static network"),
+     (("--model", "dg_test_resnet", "--target-cost", 0.5, "--compile"), "leave one of them out"),
+     (("--model", "dg_test_resnet", "--skippable"), "only an identity conversion can be made skippable")],
+)  # fmt: skip
+def test_costs_that_can_not_be_aimed_at(options, error, tmp_path):
+    process = train(*TINY, *options, "--train-limit", 64, "--output", tmp_path / "run")
+    assert process.returncode == 2
+    assert error in process.stderr
+    assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ import argparse
 
 from dg_timm.detection.annotations import BOX_FORMATS
 from dg_timm.detection.detectors import DETECTORS
-from dg_timm.training.arguments import KeyValues, flag, natural, positive, share
+from dg_timm.training.arguments import KeyValues, add_reading_options, flag, natural, positive, share
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +22,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--box-format", choices=BOX_FORMATS, default="coco", help="of bbox in a column objects")
     flag(data, "--drop-bad-boxes", False, "leave out, and count, boxes of zero size or outside their image")
     flag(data, "--skip-empty", False, "leave images without boxes out of training")
-    data.add_argument("--train-limit", type=positive, help="train on a fixed random choice of so many images")
-    data.add_argument("--val-limit", type=positive, help="evaluate on a fixed random choice of so many images")
-    data.add_argument(
-        "--on-bad-image",
-        choices=("error", "skip"),
-        default="error",
-        help="an unreadable image ends the run, or is left out and reported",
-    )
-    data.add_argument(
-        "--workers", type=natural, default=2, help="processes that decode, on each training process; 0 decodes in it"
-    )
+    add_reading_options(data)
 
 
 def add_augmentation_options(parser: argparse.ArgumentParser) -> None:

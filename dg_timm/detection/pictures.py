@@ -54,7 +54,7 @@ def draw_detections(
     *,
     least_score: float = 0.5,
 ) -> Path:
-    """Write a PNG with a row an image: the truth, the predictions, and the edge weights of its wiring, stage by stage.
+    """Write a PNG with a row an image: truth, predictions, and the weights of its open edges, stage by stage.
 
     Args:
         found: of the images to draw.
@@ -105,8 +105,9 @@ def draw_detections(
         alphas = adjacency(body, preprocessed(detector, pixels))
         for panel, name in zip(panels[2:], stages, strict=True):
             alpha = alphas[name][0].float().cpu().numpy()
-            lower = np.tril(np.ones_like(alpha, dtype=bool))
-            drawn = panel.imshow(np.ma.array(alpha, mask=lower), cmap="viridis", vmin=0)
+            panel.set_facecolor("0.93")  # no edge, or a closed one
+            shades = np.ma.array(alpha, mask=alpha == 0)
+            drawn = panel.imshow(shades, cmap="viridis", vmin=min(0.0, float(alpha.min())))
             panel.set_title(f"{name}, {int((alpha != 0).sum())} edges open", fontsize=6)
             panel.set_xlabel("target", fontsize=5)
             panel.set_ylabel("source", fontsize=5)

@@ -194,6 +194,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--epoch-size", type=positive, help="rows of an epoch of a stream that does not tell (for the schedule)"
     )
+    add_reading_options(data)
+
+
+def add_reading_options(data: Group) -> None:
+    """How much of the data is read, by whom, and what becomes of what can't be."""
     data.add_argument("--train-limit", type=positive, help="train on a fixed random choice of so many images")
     data.add_argument("--val-limit", type=positive, help="evaluate on a fixed random choice of so many images")
     data.add_argument(
