@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm.checkpoint import is_identity, routers
-from dg_timm.cost import Costs, cost, count_costs
-from dg_timm.introspect import record_adjacency, require_dynamic, set_threshold
+from dg_timm.cost import Costs, count_costs
+from dg_timm.introspect import adjacency, record_adjacency, require_dynamic, set_threshold
 from dg_timm.router import Router
 
 # Of the sigmoid that stands in for the step of Eq. 5 where a cost is differentiated: wider than that of the threshold's
@@ -101,11 +101,16 @@ def threshold_curve(model: nn.Module, batches: Iterable[Tensor], thresholds: Seq
         ValueError: if there is no image, a threshold is no number of at least 0, or the model is static.
     """
     fixed = {router: router.fixed_threshold for router in routers(model).values()}
+    counted: Optional[Costs] = None  # of the first image's size
     try:
         found = []
         for threshold in thresholds:
             set_threshold(model, threshold)
-            costs = [cost(model, images) for images in batches]
+            costs = []
+            for images in batches:
+                counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
+                alphas = adjacency(model, images)
+                costs.append(counted.relative({name: (alpha != 0).double() for name, alpha in alphas.items()}))
             if not costs or not sum(map(len, costs)):
                 raise ValueError("no images: give batches that can be read more than once")
             every = torch.cat(costs)

@@ -795,6 +795,7 @@ def test_two_processes_evaluate_to_the_same_figures(finished, tmp_path):
     assert found[0][0]["images"] == 7
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """The same images an update, the same regions of them, norms with fixed statistics: weights agree to rounding."""
     networks = []
