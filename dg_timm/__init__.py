@@ -5,6 +5,7 @@ Yuan et al., "Dynamic Graph: Learning Instance-aware Connectivity for Neural Net
 Importing registers the zoo: ``timm.create_model("dg_resnet50", pretrained=True)``.
 """
 
+from dg_timm import budget as budget
 from dg_timm import zoo as zoo
 from dg_timm.card import Accuracy, Card
 from dg_timm.complexity import complexity

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import aggregation, map_memory
@@ -22,11 +20,16 @@ from dg_timm import aggregation, map_memory
 def is_transformed(x: Any) -> bool:
     """Whether a program is being recorded or transformed: what is read of an image now would hold for all."""
     mode = _get_current_dispatch_mode()
+    if mode is not None:  # without one, nothing here needs these modules
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+        if isinstance(mode, (FakeTensorMode, ProxyTorchDispatchMode)):  # others only watch
+            return True
     return (
         torch.jit.is_tracing()
         or torch.compiler.is_exporting()
         or type(x) not in (Tensor, nn.Parameter)  # fx proxies, fake tensors, subclasses
-        or isinstance(mode, (FakeTensorMode, ProxyTorchDispatchMode))  # others only watch
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

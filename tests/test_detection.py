@@ -481,7 +481,8 @@ def test_in_bfloat16_boxes_are_as_fine_as_ever(kind, pages):
 
 def test_a_compiled_backbone_is_the_same(monkeypatch, pages):
     """Compiled beside the module, not in its place: names, copies and statistics are those of the module."""
-    monkeypatch.setattr(detectors, "_compiled", torch.compile(detectors._run, backend="eager"))
+    eager = torch.compile(detectors._run, backend="eager")
+    monkeypatch.setattr(detectors, "_compiled", lambda: eager)
     one, image = detector().eval(), [DetectionImages(pages.test, make_transform())[Key(0, 0, 0)][0]]
     names = list(one.state_dict())
     with torch.inference_mode():

@@ -1,6 +1,8 @@
 """Imports flow one way: a module of the package imports only those above it in this list."""
 
 import ast
+import operator
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,12 @@ def test_importing_needs_no_extra():
         names = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
         names |= {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
         assert not names & EXTRAS, path
+
+
+def test_what_the_readme_calls_is_there_after_import_dg_timm():
+    import dg_timm
+
+    called = set(re.findall(r"\bdg_timm((?:\.\w+)+)\(", (PACKAGE.parent / "README.md").read_text()))
+    assert len(called) > 8
+    for name in called:
+        assert callable(operator.attrgetter(name[1:])(dg_timm)), name

@@ -1,5 +1,6 @@
 """torchvision's detectors over a feature pyramid of any timm backbone: made, saved, loaded, frozen."""
 
+import functools
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(batch, 3, H, W) -> ``{"0": (batch, out_channels, H / 4, W / 4), ...}``, finest first; float32."""
-        run = _compiled if self.compiled else _run
+        run = _compiled() if self.compiled else _run
         with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
             maps = run(self.body, images.contiguous(memory_format=self.layout))
             levels = self.fpn(OrderedDict((str(k), maps[place]) for k, place in enumerate(self.places)))
@@ -58,7 +59,9 @@ def _run(body: Any, images: Tensor) -> list[Tensor]:
     return maps
 
 
-_compiled = torch.compile(_run)  # the function: a compiled module would be another module, with other names
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_run)  # the function: a compiled module would be another module, with other names
 
 
 class _PreciseHeads:
