@@ -30,8 +30,9 @@ from torchvision.ops import box_iou
 
 import dg_timm
 from dg_timm.checkpoint import graph_stages
-from dg_timm.detection import annotations, detectors
-from dg_timm.detection.annotations import Annotated, Categories, DetectionSplit, load_detection, to_corners
+from dg_timm.detection import boxes, detectors
+from dg_timm.detection.annotations import load_detection
+from dg_timm.detection.boxes import Annotated, Categories, DetectionSplit, to_corners
 from dg_timm.detection.detectors import (
     DETECTORS,
     STRIDES,
@@ -287,7 +288,7 @@ def test_box_formats_agree():
     assert to_corners([6, 4, 12, 8], "coco", (40, 60)) == corners
     assert to_corners(corners, "voc", (40, 60)) == corners
     assert np.allclose(to_corners([0.2, 0.2, 0.2, 0.2], "yolo", (40, 60)), corners)
-    assert set(annotations.BOX_FORMATS) == {"coco", "voc", "yolo"}
+    assert set(boxes.BOX_FORMATS) == {"coco", "voc", "yolo"}
 
 
 # --------------------------------------------------------------------------- images

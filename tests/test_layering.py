@@ -19,7 +19,8 @@ TRAINING = [
     "report", "trainer", "arguments", "setup", "run", "dry_run", "__init__",
 ]  # fmt: skip
 DETECTION = [
-    "digits", "annotations", "loading", "detectors", "objective", "evaluation", "pictures", "arguments", "__init__",
+    "digits", "boxes", "coco", "tables", "annotations", "loading", "detectors", "objective", "evaluation", "pictures",
+    "arguments", "__init__",
 ]  # fmt: skip
 EXTRAS = {"matplotlib", "networkx", "accelerate", "datasets", "evaluate", "sklearn", "psutil", "torchmetrics"}
 

@@ -31,7 +31,8 @@ from torch import nn
 from dg_timm import set_execution
 from dg_timm.checkpoint import graph_stages
 from dg_timm.detection import arguments as own_arguments
-from dg_timm.detection.annotations import Categories, DetectionSplit, DetectionSplits, load_detection
+from dg_timm.detection.annotations import load_detection
+from dg_timm.detection.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.detectors import Options, create_detector, freeze_backbone, load_detector, write_detector_config
 from dg_timm.detection.evaluation import AP, Detections, Precision, coco_results, evaluate_detector
 from dg_timm.detection.loading import DetectionCollate, DetectionImages, make_transform

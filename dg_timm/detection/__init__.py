@@ -4,7 +4,10 @@ Nothing here is needed to use a network; it wants the extra, ``pip install 'dg-t
 average of the weights and reports are those of :mod:`dg_timm.training`. Imports point up this list::
 
     digits         pages of handwritten digits, to try things on
-    annotations    boxes of images: COCO files, detection data sets of the Hub; every box is checked
+    boxes          images and their boxes; every box is checked
+    coco           COCO annotation files
+    tables         detection data sets of the Hub
+    annotations    both splits of any of them
     loading        what an image and its boxes become, and batches of them
     detectors      torchvision's detectors over a feature pyramid; made, saved, loaded, frozen
     objective      loss of a batch

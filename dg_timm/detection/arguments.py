@@ -2,7 +2,7 @@
 
 import argparse
 
-from dg_timm.detection.annotations import BOX_FORMATS
+from dg_timm.detection.boxes import BOX_FORMATS
 from dg_timm.detection.detectors import DETECTORS
 from dg_timm.training.arguments import KeyValues, add_reading_options, flag, natural, positive, share
 

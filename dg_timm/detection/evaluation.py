@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from dg_timm.detection.annotations import Categories, DetectionSplit
+from dg_timm.detection.boxes import Categories, DetectionSplit
 from dg_timm.detection.loading import DetectionBatch
 from dg_timm.training.report import Metric
 

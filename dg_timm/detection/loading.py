@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dg_timm.detection.annotations import DetectionSplit
+from dg_timm.detection.boxes import DetectionSplit
 from dg_timm.training.loading import Key, Unreadable, seeded
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32, [left, top, right, bottom] in pixels; labels (n,) int64, from 1 on

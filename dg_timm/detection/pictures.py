@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dg_timm.checkpoint import graph_stages
 from dg_timm.cost import relative_cost
-from dg_timm.detection.annotations import Categories, DetectionSplit
+from dg_timm.detection.boxes import Categories, DetectionSplit
 from dg_timm.detection.evaluation import Detections
 from dg_timm.detection.loading import read_image
 from dg_timm.introspect import adjacency
