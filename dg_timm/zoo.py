@@ -24,6 +24,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from dg_timm import checkpoint, download
+from dg_timm import cifar as cifar  # registers the static networks that timm does not have
 from dg_timm.convert import dynamize
 
 VARIANTS = (
@@ -51,6 +52,10 @@ VARIANTS = (
     "regnety_008",
     "regnety_016",
     "regnety_032",
+    "cifar_resnet20",
+    "cifar_resnet26",
+    "cifar_resnet32",
+    "cifar_resnet38",
 )
 
 

@@ -280,7 +280,8 @@ def seeded(*entropy: int) -> Iterator[None]:
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+    # not torch.manual_seed: it reseeds accelerators as well, or keeps a stack trace for each call to do so later
+    torch.random.default_generator.manual_seed(int(words[2]))
     try:
         yield
     finally:

@@ -1,0 +1,120 @@
+"""The residual networks for CIFAR-10 (He et al., 2016, 4.2), as timm models: small enough to learn without a GPU.
+
+A 3 x 3 stem, no pooling, and three stages of basic blocks with 16, 32 and 64 channels at 32, 16 and 8 px, ``6n + 2``
+layers for n blocks a stage. Where a stage changes the shape, its first block's shortcut is a projection (their option
+B), as in every ResNet of timm.
+"""
+
+from typing import Any, Optional, Union
+
+import torch
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+CHANNELS = (16, 32, 64)
+BLOCKS = {  # a stage
+    "cifar_resnet8": 1,
+    "cifar_resnet14": 2,
+    "cifar_resnet20": 3,
+    "cifar_resnet26": 4,
+    "cifar_resnet32": 5,
+    "cifar_resnet38": 6,
+}
+_LAYERS = ("layer1", "layer2", "layer3")
+
+CIFAR10 = {  # statistics of the training images
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
+default_cfgs = generate_default_cfgs({name: {"url": "", **CIFAR10} for name in BLOCKS})
+
+
+class CifarResNet(ResNet):
+    """timm's ResNet with the stem and the three stages of the CIFAR networks; takes what a ResNet takes."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> None:
+        super().__init__(
+            num_classes=num_classes, in_chans=in_chans, stem_type="deep", stem_width=CHANNELS[0] // 2, **kwargs
+        )
+        # timm gives a stem of 16 channels only as three convolutions
+        first = self.conv1[0]
+        self.conv1 = nn.Conv2d(
+            in_chans, CHANNELS[0], 3, padding=1, bias=False, device=first.weight.device, dtype=first.weight.dtype
+        )
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        self.feature_info = [
+            dict(num_chs=channels, reduction=reduction, module=module)
+            for channels, reduction, module in zip(
+                (CHANNELS[0], *CHANNELS), (1, 1, 2, 4), ("act1", *_LAYERS), strict=True
+            )
+        ]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, 64, H / 4, W / 4)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)  # type: ignore[no-any-return]
+        return self.layer3(self.layer2(self.layer1(x)))  # type: ignore[no-any-return]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """As timm's: levels are the stem and the three stages."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
+        taken, last = feature_take_indices(1 + len(_LAYERS), indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in taken else []
+        for level, name in enumerate(_LAYERS[:last] if stop_early else _LAYERS, start=1):
+            layer = getattr(self, name)
+            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
+            if level in taken:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, list[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's: stages that no level needs become empty."""
+        taken, last = feature_take_indices(1 + len(_LAYERS), indices)
+        for name in _LAYERS[last:]:
+            setattr(self, name, nn.Sequential())
+        if last < len(_LAYERS):
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < len(_LAYERS):
+            self.reset_classifier(0, "")
+        return list(taken)
+
+
+def _register(variant: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+        model_args = dict(block=BasicBlock, layers=(BLOCKS[variant],) * 3, channels=CHANNELS)
+        return build_model_with_cfg(  # type: ignore[no-any-return]
+            CifarResNet, variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **dict(model_args, **kwargs)
+        )
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f"ResNet for CIFAR with {BLOCKS[variant]} basic blocks a stage."
+    globals()[variant] = register_model(entrypoint)
+
+
+__all__ = ["CifarResNet"]
+for _variant in BLOCKS:
+    _register(_variant)
