@@ -16,15 +16,18 @@ from dg_timm.router import Router
 # Of the sigmoid that stands in for the step of Eq. 5 where a cost is differentiated: wider than that of the threshold's
 # own gradient, so that an edge of weight 1 feels a price, too.
 WIDTH = 0.5
+TEMPERATURE = 0.1  # of the softmax that shares the price of a node between its input edges
 ASLEEP = -4.0  # logit of an edge that could carry weight 1, and weighs 2 * sigmoid(-4) = 0.036
 
 
 class ExpectedCost:
     """The cost of every image of a forward pass that trains, with a gradient for every edge.
 
-    Its value is exactly :func:`dg_timm.cost`; its gradient is that of the expectation where an edge is open with
-    probability ``sigmoid((|weight| - tau) / width)``. So routers, scales and thresholds learn to close edges, and to
-    open them again.
+    Its value is exactly :func:`dg_timm.cost`. Its gradient takes an edge to be open to the degree
+    ``sigmoid((|weight| - tau) / width)``, and a node to run to the degree of its most open input edges: the price of a
+    node is theirs, by a softmax over the degrees. (The probability that any of several edges is open would hardly
+    change with each of them, and no node that has many inputs would ever close.) So routers, scales and thresholds
+    learn to close edges and nodes, and to open them again.
 
     Args:
         model: a dynamic graph network, in dense execution.
@@ -41,18 +44,34 @@ class ExpectedCost:
         self.model, self.width = model, width
         self.costs: Costs = count_costs(model, input_size)
 
-    def openness(self, router: Router, pooled: Tensor, row: Tensor) -> Tensor:
-        """(batch, out-degree): 1 for an open edge and 0 for a closed one, with the gradient of its probability."""
+    def degrees(self, router: Router, pooled: Tensor, row: Tensor) -> Tensor:
+        """(batch, out-degree, 2): of every edge 1 if it is open, else 0; and the degree to which it is."""
         weight = torch.sigmoid(router.logits_of(pooled).float())
         weight = weight if router.scale is None else weight * router.scale.float()
-        soft = torch.sigmoid((weight.abs() - router.tau().float()) / self.width)
-        return (row != 0).to(soft.dtype) + (soft - soft.detach())
+        margin = router.row(weight.abs() - router.tau().float())
+        degree = torch.sigmoid(margin / self.width)
+        opened = row.detach() != 0
+        there = opened | (margin < 0)  # not the edges that leave a removed node
+        return torch.stack([opened.to(degree.dtype), torch.where(there, degree, 0.0)], -1)
+
+    def relative(self, degrees: dict[str, Tensor]) -> Tensor:
+        """(batch,): the cost, given {stage: (batch, N, N, 2)} of :meth:`degrees`."""
+        soft = torch.zeros(())
+        for name, stage in self.costs.stages.items():
+            degree = degrees[name][..., 1]
+            soft = soft + (degree * stage.edges.to(degree)).sum((1, 2))
+            for node, own in enumerate(stage.nodes, start=1):
+                inputs = degree[:, :node, node]
+                share = torch.softmax(inputs.detach() / TEMPERATURE, 1)
+                soft = soft + own * (share * inputs).sum(1)
+        soft = soft / self.costs.static
+        return self.costs.relative({name: both[..., 0] for name, both in degrees.items()}) + (soft - soft.detach())
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Tensor]]:
         """Call what it gives after a forward pass of the model inside the ``with`` block: (batch,) relative costs."""
-        with record_adjacency(self.model, self.openness) as opened:
-            yield lambda: self.costs.relative(opened)
+        with record_adjacency(self.model, self.degrees) as degrees:
+            yield lambda: self.relative(degrees)
 
 
 @torch.no_grad()

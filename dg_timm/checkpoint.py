@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dg_timm.blocks import Projection
 from dg_timm.router import Router
-from dg_timm.stage import DGStage
+from dg_timm.stage import GRAPH_OPTIONS, DGStage
 
 _MOST = 8  # keys of each kind that an error names
 _GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
@@ -33,7 +33,7 @@ def is_static(state_dict: Iterable[str]) -> bool:
 
 def is_identity(model: nn.Module) -> bool:
     """Whether every stage is the static one: the chain at weight 1, every other edge at 0, for every image."""
-    return all(
+    return all(stage.is_complete() for stage in graph_stages(model).values()) and all(
         router.scale is not None
         and float(router.scale[0].detach()) == 2.0
         and not bool(router.scale[1:].any())
@@ -54,10 +54,11 @@ def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, An
     for name, stage in graph_stages(model).items():
         if not all(f"{name}.{key}" in state_dict for key in stage.state_dict() if is_static([f".{key}"])):
             continue  # a part of a network (a head, say) is no static network: what it does not hold stays
-        if not (stage.edge_scale and stage.block_shortcut):
+        if not (stage.edge_scale and stage.block_shortcut and stage.is_complete()):
             raise ValueError(
-                "a static checkpoint can't be loaded with edge_scale=False or block_shortcut=False: such a network is "
-                "another function from the start. Leave both at True, or train it from scratch (pretrained=False)"
+                "a static checkpoint can't be loaded with edge_scale=False, block_shortcut=False or a random wiring: "
+                "such a network is another function from the start. Leave them at their defaults, or train it from "
+                "scratch (pretrained=False)"
             )
         for child_name, child in stage.named_children():
             if isinstance(child, (Router, Projection)):
@@ -97,8 +98,7 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
     if problems:
         raise RuntimeError(
             f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; check "
-            "that the model's name and options (num_classes, edge_scale, block_shortcut, instance_aware) are those of "
-            "the checkpoint"
+            f"that the model's name and options (num_classes, {', '.join(GRAPH_OPTIONS)}) are those of the checkpoint"
         )
 
 

@@ -41,17 +41,21 @@ default_cfgs = generate_default_cfgs({name: {"url": "", **CIFAR10} for name in B
 class CifarResNet(ResNet):
     """timm's ResNet with the stem and the three stages of the CIFAR networks; takes what a ResNet takes."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+
     def __init__(self, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> None:
         super().__init__(
             num_classes=num_classes, in_chans=in_chans, stem_type="deep", stem_width=CHANNELS[0] // 2, **kwargs
         )
         # timm gives a stem of 16 channels only as three convolutions
         first = self.conv1[0]
-        self.conv1 = nn.Conv2d(
-            in_chans, CHANNELS[0], 3, padding=1, bias=False, device=first.weight.device, dtype=first.weight.dtype
-        )
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
+        where: dict[str, Any] = dict(device=first.weight.device, dtype=first.weight.dtype)
+        stem = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False, **where)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.conv1 = stem  # type: ignore[assignment]
+        self.maxpool = nn.Sequential()
         self.feature_info = [
             dict(num_chs=channels, reduction=reduction, module=module)
             for channels, reduction, module in zip(
@@ -63,8 +67,11 @@ class CifarResNet(ResNet):
         """(batch, in_chans, H, W) -> (batch, 64, H / 4, W / 4)."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)  # type: ignore[no-any-return]
-        return self.layer3(self.layer2(self.layer1(x)))  # type: ignore[no-any-return]
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        return x
 
     def forward_intermediates(
         self,
@@ -105,7 +112,7 @@ class CifarResNet(ResNet):
 def _register(variant: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
         model_args = dict(block=BasicBlock, layers=(BLOCKS[variant],) * 3, channels=CHANNELS)
-        return build_model_with_cfg(  # type: ignore[no-any-return]
+        return build_model_with_cfg(
             CifarResNet, variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **dict(model_args, **kwargs)
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dg_timm import checkpoint
 from dg_timm.blocks import can_drop_shortcut
+from dg_timm.random_graphs import Wiring, wire
 from dg_timm.stage import DGStage
 from dg_timm.stages import StagePlan, find_stages
 
@@ -25,6 +26,8 @@ def dynamize(
     edge_scale: bool = True,
     block_shortcut: bool = True,
     instance_aware: bool = True,
+    wiring: Wiring = "complete",
+    wiring_seed: int = 0,
 ) -> nn.Module:
     """Give every stage of a timm model a graph of its own for each image; in place, and returned.
 
@@ -40,9 +43,14 @@ def dynamize(
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
             and MobileNetV2-like blocks). Needs ``identity=False``.
         instance_aware: False learns one weight an edge, the same for every image (the paper's ablation, Table 6).
+        wiring: the edges that a stage has: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
+            (:mod:`dg_timm.random_graphs`; needs ``identity=False`` and networkx); or the sources of every node by
+            stage, ``{"layer1": [[], [0], [0, 1], ...], ...}``, as a saved network has them in its configuration.
+        wiring_seed: of a random graph; every stage draws its own.
 
     Raises:
-        TypeError: if ``model`` is not a timm model, or an option is not a bool.
+        TypeError: if ``model`` is not a timm model, or an option has another type.
+        ImportError: if a random graph needs networkx, and it is missing.
         ValueError: if it is dynamic already, has no stage to convert, or the options exclude each other. The model is
             then left as it was.
     """
@@ -50,6 +58,10 @@ def dynamize(
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     _check_options(**options)
+    if identity and wiring != "complete":
+        raise ValueError(
+            f"identity conversion needs the complete wiring, got {wiring!r}: pass identity=False to train from scratch"
+        )
     if not isinstance(model, nn.Module) or not _is_timm(model):
         raise TypeError(
             f"expected a timm model, got {type(model).__module__}.{type(model).__qualname__}; "
@@ -64,12 +76,13 @@ def dynamize(
         plans = find_stages(model)
         if not block_shortcut:
             _check_shortcuts(model, plans)
-    except ValueError:
+        edges = wire({plan.name: len(plan.blocks) for plan in plans}, wiring, wiring_seed)
+    except (ValueError, TypeError, ImportError):
         if checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         raise
 
-    stages = [DGStage(model.get_submodule(plan.name), plan, **options) for plan in plans]
+    stages = [DGStage(model.get_submodule(p.name), p, wiring=edges[p.name], **options) for p in plans]
     for plan, stage in zip(plans, stages, strict=True):  # nothing below can fail: the model is never half-converted
         stage.adapt_blocks(plan)
         parent, _, child = plan.name.rpartition(".")
@@ -117,7 +130,7 @@ def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, in
 
 
 def _is_timm(model: nn.Module) -> bool:
-    return any(cls.__module__.split(".")[0] == "timm" for cls in type(model).__mro__)
+    return any(cls.__module__.split(".")[0] in ("timm", "dg_timm") for cls in type(model).__mro__)
 
 
 def _check_shortcuts(model: nn.Module, plans: list[StagePlan]) -> None:

@@ -77,8 +77,7 @@ class Costs:
         """(batch,): what runs, relative to the static network.
 
         Args:
-            opened: {stage: (batch, N, N)}, 1 where an edge is open and 0 where it is closed; or in between, where a
-                node then runs with the probability that any of its input edges, taken as independent, is open.
+            opened: {stage: (batch, N, N)}, 1 where an edge is open and 0 where it is closed.
         """
         some = next(iter(opened.values()))
         run = torch.full((len(some),), float(self.fixed), dtype=some.dtype, device=some.device)
@@ -122,7 +121,9 @@ def count_costs(model: nn.Module, input_size: Optional[tuple[int, int, int]] = N
             for node, block in enumerate(graph.block_names, start=1)
         ]
         source, feature = maps[name]
-        edges = torch.full((len(nodes) + 2, len(nodes) + 2), float(feature), dtype=torch.float64).triu(1)
+        edges = torch.zeros(len(nodes) + 2, len(nodes) + 2, dtype=torch.float64)
+        for target, sources in enumerate(graph.edges):
+            edges[sources, target] = float(feature)
         # (0, 1) reads the stage's input, before its stride
         edges[0, 1] = graph.edge_reads(source, feature) - (int((edges != 0).sum()) - 1) * feature
         found[name] = StageCosts(nodes, edges)

@@ -103,9 +103,12 @@ def aggregate(features: List[Tensor], weights: Tensor) -> Tensor:
 
 
 def adjacency_matrix(rows: List[Tensor]) -> Tensor:
-    """Rows of nodes 0..B -> alpha (paper 3.4): (batch, N, N), [source, target], strictly upper triangular."""
+    """Rows of nodes 0..B -> alpha (paper 3.4): (batch, N, N), [source, target], strictly upper triangular.
+
+    Rows may have further dimensions, which stay last.
+    """
     n = len(rows) + 1
-    alpha = rows[0].new_zeros(rows[0].shape[0], n, n)
+    alpha = rows[0].new_zeros([rows[0].shape[0], n, n] + list(rows[0].shape[2:]))
     for i in range(len(rows)):
         alpha[:, i, i + 1 :] = rows[i]
     return alpha

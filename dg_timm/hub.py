@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dg_timm.card import PICTURE, Card, render, with_picture
 from dg_timm.checkpoint import check_fit, graph_stages, is_identity, routers
 from dg_timm.introspect import adjacency, require_dynamic
-from dg_timm.stage import GRAPH_OPTIONS
+from dg_timm.stage import SWITCHES
 from dg_timm.version import __version__
 from dg_timm.wiring import draw_wiring
 
@@ -190,7 +190,8 @@ def write_config(
 
 def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
     """The zoo name that builds this model again, and the graph options to build it with."""
-    stage = next(iter(require_dynamic(model).values()))
+    stages = require_dynamic(model)
+    stage = next(iter(stages.values()))
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
     if not architecture.startswith("dg_"):
         architecture = f"dg_{architecture}"
@@ -199,7 +200,9 @@ def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
             f"{type(model).__name__} can't be saved: the zoo has no {architecture!r} that timm could load it back by; "
             'see timm.list_models("dg_*"), or keep its state_dict()'
         )
-    options = {key: False for key in GRAPH_OPTIONS if not getattr(stage, key)}
+    options: dict[str, Any] = {key: False for key in SWITCHES if not getattr(stage, key)}
+    if not all(stage.is_complete() for stage in stages.values()):
+        options["wiring"] = {name: stage.edges for name, stage in stages.items()}
     return architecture, options
 
 

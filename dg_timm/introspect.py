@@ -50,7 +50,7 @@ def as_dense(model: nn.Module) -> Iterator[None]:
     chosen = {stage: (stage.execution, stage.wiring) for stage in graph_stages(model).values()}
     try:
         for stage in chosen:
-            stage.execution, stage.wiring = "dense", graph.complete(len(stage.block_names))
+            stage.execution, stage.wiring = "dense", stage.edges
         yield
     finally:
         for stage, (execution, wiring) in chosen.items():
@@ -139,24 +139,30 @@ def set_execution(model: nn.Module, execution: str, wiring: Optional[Mapping[str
         )
         raise ValueError(f"{execution} execution {needs}")
     if wiring is None:
-        sources = {name: graph.complete(len(stage.block_names)) for name, stage in stages.items()}
+        sources = {name: stage.edges for name, stage in stages.items()}
     else:
         if not isinstance(wiring, Mapping) or wiring.keys() != stages.keys():
             given = ", ".join(map(str, wiring)) if isinstance(wiring, Mapping) else type(wiring).__name__
             raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {given}")
-        sources = {name: _sources(name, wiring[name], len(stage.block_names) + 2) for name, stage in stages.items()}
+        sources = {name: _sources(name, wiring[name], stage.edges) for name, stage in stages.items()}
     for name, stage in stages.items():
         stage.execution, stage.wiring = execution, sources[name]
 
 
-def _sources(name: str, wiring: Tensor, nodes: int) -> list[list[int]]:
+def _sources(name: str, wiring: Tensor, existing: list[list[int]]) -> list[list[int]]:
     """Of every node the sources of its edges, where both ends lie on a way from input to output."""
+    nodes = len(existing)
     if not isinstance(wiring, Tensor) or wiring.dtype != torch.bool or wiring.shape != (nodes, nodes):
         what = f"{tuple(wiring.shape)} {wiring.dtype}" if isinstance(wiring, Tensor) else type(wiring).__name__
         raise ValueError(f"the wiring of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
     edges = wiring.cpu().triu(1)
     if not torch.equal(edges, wiring.cpu()):
         raise ValueError(f"the wiring of '{name}' must be strictly upper triangular: [source, target], source < target")
+    for source, target in edges.nonzero().tolist():
+        if source not in existing[target]:
+            raise ValueError(
+                f"the wiring of '{name}' has an edge ({source}, {target}), which the network does not have"
+            )
     for node in range(1, nodes - 1):  # in order: what removes one node may remove the next
         edges[node] &= edges[:, node].any()
     for node in range(nodes - 2, 0, -1):

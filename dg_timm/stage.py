@@ -18,8 +18,9 @@ CACHE_BYTES = cpu_kernels.last_cache_bytes()
 MIN_IMAGES = 2
 
 
-# Options of a graph, with which a saved network is built again; True by default.
-GRAPH_OPTIONS = ("edge_scale", "block_shortcut", "instance_aware")
+# Options of a graph, with which a saved network is built again: those that are True by default, and all.
+SWITCHES = ("edge_scale", "block_shortcut", "instance_aware")
+GRAPH_OPTIONS = (*SWITCHES, "wiring", "wiring_seed")
 
 
 class DGStage(nn.Module):
@@ -35,11 +36,13 @@ class DGStage(nn.Module):
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
         block_shortcut: False drops the blocks' own shortcuts; the graph's edges replace them.
         instance_aware: False learns one weight an edge for all images.
+        wiring: the edges that there are, as the sources of every node; by default all.
     """
 
     # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
     # another and never run the graph.
     __iter__ = None
+    edges: List[List[int]]
     wiring: List[List[int]]
 
     def __init__(
@@ -51,6 +54,7 @@ class DGStage(nn.Module):
         edge_scale: bool = True,
         block_shortcut: bool = True,
         instance_aware: bool = True,
+        wiring: Optional[List[List[int]]] = None,
     ) -> None:
         super().__init__()
         self.identity = identity
@@ -59,16 +63,16 @@ class DGStage(nn.Module):
         self.instance_aware = instance_aware
         self.grad_checkpointing = False
         self.execution = "dense"  # set_execution
-        self.wiring = graph.complete(len(plan.blocks))  # the sources of every node; fewer in static execution
+        self.edges = wiring or graph.complete(len(plan.blocks))  # the sources of every node
+        self.wiring = self.edges  # ... that are read; fewer in static execution
         self.num_entry = len(plan.entry)
         self.live = plan.live
         self.block_names = plan.blocks
         like = next(container.parameters())
-        output = len(plan.blocks) + 1
 
         def add_router(node: int) -> None:
             router = Router(
-                plan.out_chs, node + 1, output, edge_scale, instance_aware, device=like.device, dtype=like.dtype
+                plan.out_chs, node, self.edges, edge_scale, instance_aware, device=like.device, dtype=like.dtype
             )
             self.add_module(f"router{node}", router)
 
@@ -123,9 +127,9 @@ class DGStage(nn.Module):
     def edge_reads(self, source: int, feature: int) -> int:
         """Elements that all edges read for one image, given those of the stage's input and of a node's feature."""
         source = source if self.num_entry == 0 else feature  # an entry block ends at the shape of the features
-        nodes = len(self.block_names) + 2
+        edges = sum(len(sources) for sources in self.edges)
         takes_shortcut = any(hasattr(child, "projects_shortcut") for child in self.children()) and self.block_shortcut
-        return (nodes * (nodes - 1) // 2 - 1) * feature + source + takes_shortcut * feature
+        return (edges - 1) * feature + source + takes_shortcut * feature
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
@@ -282,8 +286,13 @@ class DGStage(nn.Module):
         return static[index]
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{name}={getattr(self, name)}" for name in GRAPH_OPTIONS)
-        return f"nodes={len(self.block_names) + 2}, {options}"
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in SWITCHES)
+        return f"nodes={len(self.edges)}, edges={sum(len(sources) for sources in self.edges)}, {options}"
+
+    @torch.jit.unused
+    def is_complete(self) -> bool:
+        """Whether there is an edge between any two nodes."""
+        return self.edges == graph.complete(len(self.block_names))
 
 
 def _takes_batch_statistics(module: nn.Module) -> bool:

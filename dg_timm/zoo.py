@@ -24,8 +24,11 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from dg_timm import checkpoint, download
-from dg_timm import cifar as cifar  # registers the static networks that timm does not have
+from dg_timm import cifar as cifar  # this and randwire register the static networks that timm does not have
+from dg_timm import randwire as randwire
 from dg_timm.convert import dynamize
+from dg_timm.random_graphs import Wiring
+from dg_timm.stage import GRAPH_OPTIONS
 
 VARIANTS = (
     "resnet18",
@@ -80,6 +83,8 @@ def _create(
     edge_scale: bool = True,
     block_shortcut: bool = True,
     instance_aware: bool = True,
+    wiring: Wiring = "complete",
+    wiring_seed: int = 0,
     **kwargs: Any,
 ) -> nn.Module:
     """Build ``dg_<variant>``: the static network from timm's own entrypoint, made dynamic, then loaded and wrapped.
@@ -87,7 +92,7 @@ def _create(
     Without weights every node starts from the mean of its predecessors; a static checkpoint starts as the identity.
 
     Args:
-        edge_scale, block_shortcut, instance_aware: as in :func:`dg_timm.dynamize`.
+        edge_scale, block_shortcut, instance_aware, wiring, wiring_seed: as in :func:`dg_timm.dynamize`.
         **kwargs: what timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
     """
     static_entrypoint = model_entrypoint(variant)
@@ -100,8 +105,8 @@ def _create(
         except TypeError as error:
             if "unexpected keyword argument" in str(error):
                 raise TypeError(
-                    f"{_twin(variant)}: {error}. Its own options are edge_scale, block_shortcut and instance_aware, "
-                    f"the others timm's {variant} takes; a model saved by a newer dg_timm may need that version"
+                    f"{_twin(variant)}: {error}. Its own options are {', '.join(GRAPH_OPTIONS)}, the others those of "
+                    f"timm's {variant}; a model saved by a newer dg_timm may need that version"
                 ) from error
             raise
         return dynamize(
@@ -110,6 +115,8 @@ def _create(
             edge_scale=edge_scale,
             block_shortcut=block_shortcut,
             instance_aware=instance_aware,
+            wiring=wiring,
+            wiring_seed=wiring_seed,
         )
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into

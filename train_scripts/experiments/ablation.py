@@ -3,7 +3,7 @@
     python train_scripts/experiments/ablation.py --data path/to/cifar10            # 16 px, two cores: four hours
     python train_scripts/experiments/ablation.py --data uoft-cs/cifar10 --full     # 32 px, 100 epochs: a GPU
 
-Writes ``ablation.csv`` (a row a cell) and ``ablation.md`` (mean and 95 % interval of the paired differences from static).
+Writes ``ablation.csv`` (a row a cell) and ``ablation.md`` (means, and 95 % intervals of the differences from static).
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Cells of an experiment: each is a run of train.py in a folder of its own, done once and never again.
 
-What was interrupted goes on from its last checkpoint; what is finished is read. Cells run side by side, one thread each.
+What was interrupted goes on from its last checkpoint. What a finished cell found is kept as JSON among the results, and
+read from there; a cell is trained again only where another one, unfinished, starts from its network. Cells run side by
+side, one thread each, so that a cell gives the same figures wherever in the order it runs.
 """
 
 import argparse
@@ -9,17 +11,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from dg_timm.training.report import hardware
+import numpy as np
+from scipy import stats
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-RESULT = "cell.json"
+from dg_timm.training.report import hardware, write_beside
+
+SCRIPTS = Path(__file__).parents[1]
+RESULTS = SCRIPTS.parent / "results" / "experiments"
+_TIMED = ("images_per_second", "train_seconds", "eval_seconds")
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,9 @@ class Cell:
 
     Attributes:
         name: of its folder; the seed is appended.
-        options: of train.py, without dashes; None leaves one out.
+        options: of train.py, without dashes.
         seed: of weights, order and augmentation.
-        start: the cell whose network it starts from, of the same seed unless that one has a seed of its own.
+        start: the cell whose network it starts from.
     """
 
     name: str
@@ -43,71 +48,121 @@ class Cell:
         return f"{self.name}-{self.seed}"
 
 
-def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+@dataclass(frozen=True)
+class Result:
+    """What a finished cell found.
+
+    Attributes:
+        cell: which.
+        figures: the last row of its summary.csv.
+        seconds: of training and evaluation.
+        hardware: in words.
+        network: folder of the trained network; it may be gone.
+    """
+
+    cell: Cell
+    figures: Mapping[str, float]
+    seconds: float
+    hardware: str
+    network: Path
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     """What every experiment asks for."""
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder with it as Parquet, or uoft-cs/cifar10")
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the cells (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="folder of table and figure; by default that of the cells")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2)), help="cells side by side")
-    parser.add_argument("--collect", action="store_true", help="only read the cells that are finished")
+    parser.add_argument("--output", type=Path, default=Path("output") / name, help="of the runs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS / name, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells side by side")
+    parser.add_argument("--collect", action="store_true", help="train nothing: read the cells that are finished")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="overrides of every cell's options, e.g. epochs=1"
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="in place of every cell's, e.g. epochs=1"
     )
 
 
-def run(cells: Sequence[Cell], args: argparse.Namespace) -> list[tuple[Cell, dict[str, Any]]]:
-    """Train what is not trained yet; of every finished cell, in order, its result (see :func:`read`).
+def run(cells: Sequence[Cell], args: argparse.Namespace) -> list[Result]:
+    """Train what is not trained yet; of every finished cell, in order, its result.
 
     Raises:
-        ValueError: if a folder holds a cell of other options.
+        ValueError: if results are those of other options, or two cells have one name.
         RuntimeError: naming the cells that failed, after all others are done.
     """
-    overrides = dict(text.partition("=")[::2] for text in args.set)
-    found: dict[str, Optional[dict[str, Any]]] = {cell.folder: read(cell, args, overrides) for cell in cells}
-    waves: list[list[Cell]] = []
-    for cell in cells:  # a cell comes after the one that it starts from
-        depth = 0
-        before = cell.start
-        while before is not None:
-            depth, before = depth + 1, before.start
-        waves += [[] for _ in range(depth + 1 - len(waves))]
-        waves[depth].append(cell)
+    bench = _Bench(args)
+    if len({cell.folder for cell in cells}) != len(cells):
+        raise ValueError("two cells have one name")
+    done = {cell.folder for cell in cells if bench.read(cell) is not None}
+    needed = {cell for cell in cells if cell.folder not in done}
+    for cell in reversed(cells):  # a cell stands after the one that it starts from
+        if cell in needed and cell.start is not None and not bench.network(cell.start).exists():
+            needed.add(cell.start)
     failed: list[str] = []
-    if not args.collect:
-        for wave in waves:
-            with ThreadPoolExecutor(args.jobs) as pool:
-                todo = [cell for cell in wave if found[cell.folder] is None]
-                for cell, result in zip(todo, pool.map(lambda c: _train(c, args, overrides), todo), strict=True):
-                    found[cell.folder] = result
-                    failed += [] if result else [cell.folder]
+    wave = [] if args.collect else [cell for cell in cells if cell in needed]
+    while wave:
+        ready = [cell for cell in wave if cell.start not in wave]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failed += [cell.folder for cell, ok in zip(ready, pool.map(bench.train, ready), strict=True) if not ok]
+        wave = [cell for cell in wave if cell not in ready]
     if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed; see log.txt in {args.output}")
-    return [(cell, result) for cell in cells if (result := found[cell.folder]) is not None]
+        raise RuntimeError(f"{', '.join(failed)} failed; see log.txt in {args.output}/<cell>")
+    return [result for cell in cells if (result := bench.read(cell)) is not None]
 
 
-def read(cell: Cell, args: argparse.Namespace, overrides: Mapping[str, str]) -> Optional[dict[str, Any]]:
-    """What a finished cell found: ``figures`` (the last row of its summary.csv), ``seconds``, ``hardware``, ``command``.
+class _Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.overrides = dict(text.partition("=")[::2] for text in args.set)
 
-    None if it is not finished.
-    """
-    file = args.output / cell.folder / RESULT
-    if not file.exists():
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    wanted = _options(cell, args, overrides)
-    if result["options"] != wanted:
-        differ = {k for k in {*wanted, *result["options"]} if wanted.get(k) != result["options"].get(k)}
-        raise ValueError(
-            f"{file.parent} holds a cell of other options ({', '.join(sorted(differ))}); give another --output"
-        )
-    return result
+    def network(self, cell: Cell) -> Path:
+        path: Path = self.args.output / cell.folder / "run" / "model"
+        return path
 
+    def options(self, cell: Cell) -> dict[str, str]:
+        """As they are kept: text, with the name of the cell to start from."""
+        options = {key: _text(value) for key, value in {**cell.options, **self.overrides, "seed": cell.seed}.items()}
+        return options | ({"initial-checkpoint": cell.start.folder} if cell.start else {})
 
-def _options(cell: Cell, args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, str]:
-    options = {**cell.options, **overrides, "seed": cell.seed}
-    if cell.start is not None:
-        options["initial-checkpoint"] = f"../{cell.start.folder}"
-    return {key: _text(value) for key, value in options.items() if value is not None}
+    def read(self, cell: Cell) -> Optional[Result]:
+        file = self.args.results / f"{cell.folder}.json"
+        if not file.exists():
+            return None
+        kept: dict[str, Any] = json.loads(file.read_text())
+        now, then = self.options(cell), kept["options"]
+        differ = sorted(key for key in {*now, *then} if now.get(key) != then.get(key))
+        if differ:
+            raise ValueError(f"{file} is of other options ({', '.join(differ)}); give another --results and --output")
+        return Result(cell, kept["figures"], kept["seconds"], kept["hardware"], self.network(cell))
+
+    def train(self, cell: Cell) -> bool:
+        """Whether it ran to its end; its result is then kept."""
+        folder: Path = self.args.output / cell.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        options = self.options(cell)
+        given = options | ({"initial-checkpoint": str(self.network(cell.start))} if cell.start else {})
+        command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
+                   "--resume", "auto"]  # fmt: skip
+        for key, value in given.items():
+            command += [f"--{key}", *([] if value == "True" else value.split())]
+        print(f"{cell.folder} begins", flush=True)
+        with (folder / "log.txt").open("a") as log:
+            status = subprocess.run(
+                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+            ).returncode
+        if status != 0:
+            print(f"{cell.folder} failed ({status})", flush=True)
+            return False
+        with (folder / "run" / "summary.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        figures = {key: float(value) for key, value in rows[-1].items() if key not in _TIMED and value != ""}
+        seconds = round(sum(float(row["train_seconds"]) + float(row["eval_seconds"]) for row in rows), 1)
+        before = self.read(cell)
+        if before is not None:  # trained again for its network
+            same = before.figures == figures
+            print(f"{cell.folder}: {'as before' if same else 'NOT as before: other figures'}", flush=True)
+        else:
+            self.args.results.mkdir(parents=True, exist_ok=True)
+            kept = {"options": options, "figures": figures, "seconds": seconds, "hardware": hardware()}
+            write_beside(self.args.results / f"{cell.folder}.json", json.dumps(kept, indent=1) + "\n")
+        print(f"{cell.folder}: top-1 {figures['eval_top1']:.2f} % after {seconds:.0f} s", flush=True)
+        return True
 
 
 def _text(value: Any) -> str:
@@ -116,43 +171,21 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _train(cell: Cell, args: argparse.Namespace, overrides: Mapping[str, str]) -> Optional[dict[str, Any]]:
-    folder = args.output / cell.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    options = _options(cell, args, overrides)
-    command = [sys.executable, str(TRAIN), "--data", args.data, "--output", str(folder / "run"), "--resume", "auto"]
-    for key, value in options.items():
-        if key == "initial-checkpoint":
-            value = str(folder / value / "run" / "model")
-        command += [f"--{key}", *([] if value == "True" else value.split())]
-    began = time.time()
-    with (folder / "log.txt").open("a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-    print(f"{cell.folder}: {'done' if status == 0 else f'failed ({status})'}, {time.time() - began:.0f} s", flush=True)
-    if status != 0:
-        return None
-    with (folder / "run" / "summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    timed = ("images_per_second", "train_seconds", "eval_seconds")
-    result = {
-        "options": options,
-        "figures": {k: float(v) for k, v in rows[-1].items() if k not in timed and v != ""},
-        "seconds": round(sum(float(r["train_seconds"]) + float(r["eval_seconds"]) for r in rows), 1),
-        "hardware": hardware(),
-    }
-    beside = folder / f".{RESULT}"
-    beside.write_text(json.dumps(result, indent=2) + "\n")
-    beside.replace(folder / RESULT)
-    return result
+def paired(values: Mapping[int, float], base: Mapping[int, float]) -> tuple[float, float, float, int]:
+    """Mean difference from ``base`` over the seeds of both, its 95 % interval (Student's t), and how many there are.
+
+    The interval is NaN for fewer than two seeds.
+    """
+    differences = np.array([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
+    mean, n = float(differences.mean()), len(differences)
+    if n < 2:
+        return mean, float("nan"), float("nan"), n
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
+    return mean, mean - half, mean + half, n
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a row a cell, and no times: the same cells give the same file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}")
-    with beside.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(file)
+    """A table without times: the same cells give the same file."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(keys), *(",".join(str(row.get(key, "")) for key in keys) for row in rows)]
+    write_beside(file, "\n".join(lines) + "\n")
