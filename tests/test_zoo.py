@@ -22,7 +22,7 @@ from complexity import TABLE_1
 
 
 def test_the_zoo_is_the_table():
-    assert len(ZOO) == len(set(dg_timm.zoo.VARIANTS)) == 24
+    assert len(ZOO) == len(set(dg_timm.zoo.VARIANTS)) == 28
     assert {f"dg_{name}" for name in dg_timm.zoo.VARIANTS} == set(ZOO)
 
 
