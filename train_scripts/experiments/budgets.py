@@ -1,22 +1,29 @@
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 from cells import Cell, add_options, run
 
-
-def static(depth, seed=0, **options):
-    first = Cell(
-        f"cifar_resnet{depth}-16px", {"recipe": "cifar10_16px", "model": f"cifar_resnet{depth}", **options}, seed
-    )
-    return first, Cell(
-        f"cifar_resnet{depth}", {"recipe": "cifar10_32px", "model": f"cifar_resnet{depth}", **options}, seed, first
-    )
+DEPTH = 26
 
 
-parser = argparse.ArgumentParser()
-add_options(parser, "output/budgets")
-parser.add_argument("--depths", nargs="+", default=["26"])
-args = parser.parse_args()
-run([c for d in args.depths for c in static(d)], args)
+def cells(depths: list[int], target: float, seed: int = 0) -> list[Cell]:
+    found = []
+    for model in [f"dg_cifar_resnet{DEPTH}", *(f"cifar_resnet{depth}" for depth in depths)]:
+        small = Cell(f"{model}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
+        dynamic = {"target-cost": target} if model.startswith("dg_") else {}
+        found += [small, Cell(model, {"recipe": "cifar10_32px", "model": model, **dynamic}, seed, small)]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, "budgets")
+    parser.add_argument("--depths", nargs="*", type=int, default=[26, 20, 14, 8])
+    parser.add_argument("--target-cost", type=float, default=0.45)
+    args = parser.parse_args()
+    run(cells(args.depths, args.target_cost), args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

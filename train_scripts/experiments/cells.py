@@ -57,7 +57,7 @@ class Result:
         figures: the last row of its summary.csv.
         seconds: of training and evaluation.
         hardware: in words.
-        network: folder of the trained network; it may be gone.
+        network: folder of the network after the last epoch; it may be gone.
     """
 
     cell: Cell
@@ -112,7 +112,7 @@ class _Bench:
         self.overrides = dict(text.partition("=")[::2] for text in args.set)
 
     def network(self, cell: Cell) -> Path:
-        path: Path = self.args.output / cell.folder / "run" / "model"
+        path: Path = self.args.output / cell.folder / "run" / "checkpoints" / "last"
         return path
 
     def options(self, cell: Cell) -> dict[str, str]:
