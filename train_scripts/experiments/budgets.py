@@ -10,7 +10,7 @@ def cells(depths: list[int], target: float, seed: int = 0) -> list[Cell]:
     found = []
     for model in [f"dg_cifar_resnet{DEPTH}", *(f"cifar_resnet{depth}" for depth in depths)]:
         small = Cell(f"{model}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
-        dynamic = {"target-cost": target} if model.startswith("dg_") else {}
+        dynamic = {"target-cost": target, "cost-weight": 30} if model.startswith("dg_") else {}
         found += [small, Cell(model, {"recipe": "cifar10_32px", "model": model, **dynamic}, seed, small)]
     return found
 

@@ -27,7 +27,7 @@ RESULTS = SCRIPTS.parent / "results" / "experiments"
 _TIMED = ("images_per_second", "train_seconds", "eval_seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a cell is itself; options can not be hashed
 class Cell:
     """One training.
 
