@@ -32,10 +32,10 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {  # title, options of the 
 }
 
 
-def cells(seeds: int, names: Sequence[str], recipe: str) -> list[Cell]:
+def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]:
     """Seed by seed: what is interrupted has all variants of the seeds that are done."""
     found = []
-    for seed in range(seeds):
+    for seed in seeds:
         for name in names:
             kwargs = dict(VARIANTS[name][1])
             if "wiring" in kwargs:
@@ -95,7 +95,7 @@ def draw(results: Sequence[Result], path: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "ablation")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--full", action="store_true", help="the recipe cifar10_full in place of cifar10_scratch")
     args = parser.parse_args()

@@ -3,12 +3,12 @@ import sys
 
 from cells import Cell, add_options, run
 
-DEPTH = 26
+MODELS = ("dg_cifar_resnet26", "cifar_resnet26", "cifar_resnet20", "cifar_resnet14", "cifar_resnet8")
 
 
-def cells(depths: list[int], target: float, seed: int = 0) -> list[Cell]:
+def cells(models: list[str], target: float, seed: int = 0) -> list[Cell]:
     found = []
-    for model in [f"dg_cifar_resnet{DEPTH}", *(f"cifar_resnet{depth}" for depth in depths)]:
+    for model in models:
         small = Cell(f"{model}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
         dynamic = {"target-cost": target, "cost-weight": 30} if model.startswith("dg_") else {}
         found += [small, Cell(model, {"recipe": "cifar10_32px", "model": model, **dynamic}, seed, small)]
@@ -18,10 +18,10 @@ def cells(depths: list[int], target: float, seed: int = 0) -> list[Cell]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "budgets")
-    parser.add_argument("--depths", nargs="*", type=int, default=[26, 20, 14, 8])
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--target-cost", type=float, default=0.45)
     args = parser.parse_args()
-    run(cells(args.depths, args.target_cost), args)
+    run(cells(args.only, args.target_cost), args)
     return 0
 
 
