@@ -9,6 +9,7 @@
 
 #ifndef NUMBER
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -189,6 +190,21 @@ void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, i
             }
         EACH out[b * channels + from + k] = STORE(sum[k] / size);
     }
+}
+
+// The weights of a router's n edges for every image (Eqs. 4 and 5), given the means of the channels:
+//   out[b, j] = scale[j] * sigmoid(<weight[j], x[b]> + bias[j]), or 0 below the threshold; scale may be NULL.
+void NAME(route)(SUM *out, const NUMBER *x, const NUMBER *weight, const NUMBER *bias, const NUMBER *scale, double threshold, int64_t batch, int64_t channels, int64_t n) {
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t j = 0; j < n; j++) {
+            const NUMBER *mean = x + b * channels, *row = weight + j * channels;
+            SUM dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t c = 0; c < channels; c++) dot += LOAD(mean[c]) * LOAD(row[c]);
+            SUM edge = (SUM)(1 / (1 + exp(-(double)(dot + LOAD(bias[j])))));
+            if (scale) edge *= LOAD(scale[j]);
+            out[b * n + j] = fabs((double)edge) < threshold ? 0 : edge;
+        }
 }
 
 // The gradient at a source x that n targets read, whose gradients are g: in one pass over the g

@@ -25,7 +25,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # A fused multiply-add is asked for where torch has one, and nowhere else: results then agree to the bit.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-lm")
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 COMPILERS = ("cc", "gcc", "clang")
 _SECONDS = 120
@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "gather_images": [_ADDRESS] * 4 + [_COUNT] * 2 + [_THREADS],
     "fan_out": [_ADDRESS] * 5 + [_COUNT] * 3 + [_THREADS],
     "pool": [_ADDRESS] * 2 + [_COUNT] * 3 + [ctypes.c_int, _THREADS],
+    "route": [_ADDRESS] * 5 + [ctypes.c_double] + [_COUNT] * 3,
 }
 
 
@@ -89,6 +90,22 @@ class Kernels:
         batch, channels, height, width = x.shape
         sizes = (batch, channels, height * width, channels_last, torch.get_num_threads())
         self._functions["pool", x.dtype](out.data_ptr(), x.data_ptr(), *sizes)
+
+    def route(
+        self, means: Tensor, weight: Tensor, bias: Tensor, scale: Optional[Tensor], threshold: float
+    ) -> list[list[float]]:
+        """Edge weights of every image (Eqs. 4 and 5): (batch, channels) -> (batch, edges), closed ones exactly 0.
+
+        All tensors are contiguous and of one type; weight: (edges, channels), bias and scale: (edges,).
+        """
+        batch, channels = means.shape
+        n = len(weight)
+        number = ctypes.c_double if means.dtype == torch.float64 else ctypes.c_float
+        out = (number * (batch * n))()
+        into = (out, means.data_ptr(), weight.data_ptr(), bias.data_ptr(), None if scale is None else scale.data_ptr())
+        self._functions["route", means.dtype](*into, threshold, batch, channels, n)
+        rows = list(out)
+        return [rows[b * n : (b + 1) * n] for b in range(batch)]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -40,6 +40,7 @@ class Router(nn.Module):
         self.out_degree = len(wiring) - 1 - node  # in the complete graph
         self.targets = [target for target in range(node + 1, len(wiring)) if node in wiring[target]]
         self.in_degrees = [len(wiring[target]) for target in self.targets]
+        self.is_instance_aware = instance_aware
         degree = len(self.targets)
         if instance_aware:
             self.fc = nn.Linear(in_chs, degree, device=device, dtype=dtype)

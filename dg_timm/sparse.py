@@ -6,7 +6,6 @@ nothing to differentiate, trace or export.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import aggregation, map_memory
+from dg_timm.router import Router
 
 
 def is_transformed(x: Any) -> bool:
@@ -50,7 +50,6 @@ class NoGradient(torch.autograd.Function):
 Edges = list[list[tuple[int, float]]]  # of an image: (source node, weight) of its open edges into one node
 
 
-@dataclass
 class Feature:
     """Maps of one node, of the images that ran it.
 
@@ -58,11 +57,12 @@ class Feature:
         maps: (images that ran, channels, height, width).
         place: of every image of the batch its index in ``maps``; -1 where the node was removed.
         rows: of every image in ``maps`` the weights of the edges that leave the node, by target.
+        address, step: of the first image's map in memory, and from one to the next, in bytes.
     """
 
-    maps: Tensor
-    place: list[int]
-    rows: list[list[float]]
+    def __init__(self, maps: Tensor, place: list[int], rows: list[list[float]]) -> None:
+        self.maps, self.place, self.rows = maps, place, rows
+        self.address, self.step = maps.data_ptr(), maps.stride(0) * maps.element_size()
 
 
 def run(
@@ -87,8 +87,8 @@ def run(
         (batch, C, H', W').
     """
     everyone = list(range(len(x)))
-    x = aggregation.alike([x], x)[0]
-    nodes = [Feature(aggregation.alike([node0], node0)[0], everyone, routers[0](aggregation.pooled(node0)).tolist())]
+    x, node0 = aggregation.alike([x], x)[0], aggregation.alike([node0], node0)[0]
+    nodes = [Feature(node0, everyone, rows_of(routers[0], node0))]
     for target, block in enumerate(blocks, start=1):
         edges = open_edges(nodes, target, len(x))
         images = [b for b in everyone if edges[b]]
@@ -101,12 +101,39 @@ def run(
         place = [-1] * len(x)
         for k, b in enumerate(images):
             place[b] = k
-        nodes.append(
-            Feature(
-                aggregation.alike([out], nodes[0].maps)[0], place, routers[target](aggregation.pooled(out)).tolist()
-            )
-        )
+        out = aggregation.alike([out], node0)[0]
+        nodes.append(Feature(out, place, rows_of(routers[target], out)))
     return combine(nodes, open_edges(nodes, len(blocks) + 1, len(x)), everyone)
+
+
+def rows_of(router: Callable[[Tensor], Tensor], maps: Tensor) -> list[list[float]]:
+    """Weights of the edges that leave a node, of every image; by one call where the router is the plain one."""
+    means = aggregation.pooled(maps)
+    kernels = aggregation.kernels_for(means) if means.device.type == "cpu" else None
+    if kernels is None or not _is_plain(router, means.dtype):
+        rows: list[list[float]] = router(means).tolist()
+        return rows
+    assert isinstance(router, Router)
+    fixed = router.fixed_threshold
+    threshold = router.threshold.item() if fixed is None else fixed
+    found: list[list[float]] = kernels.route(
+        means.contiguous(), router.fc.weight, router.fc.bias, router.scale, threshold
+    )
+    if len(router.targets) == router.out_degree:
+        return found
+    places = [target - router.node - 1 for target in router.targets]
+    return [[row[places.index(k)] if k in places else 0.0 for k in range(router.out_degree)] for row in found]
+
+
+def _is_plain(router: Any, dtype: torch.dtype) -> bool:
+    """Whether nothing but its parameters decides what a router gives."""
+    return (
+        type(router) is Router
+        and router.is_instance_aware
+        and router.fc.weight.dtype == dtype
+        and router.fc.weight.is_contiguous()
+        and not (router._forward_hooks or router._forward_pre_hooks or router.fc._forward_hooks)
+    )
 
 
 def open_edges(nodes: Sequence[Feature], target: int, batch: int) -> Edges:
@@ -125,11 +152,10 @@ def combine(nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> Te
     z = map_memory.empty_like(nodes[0].maps, len(images))
     kernels = aggregation.kernels_for(z) if z.device.type == "cpu" else None
     if kernels is not None:
-        addresses = [(node.maps.data_ptr(), node.maps[:1].numel() * z.element_size()) for node in nodes]
         kernels.gather_images(
             z,
             [
-                [(addresses[s][0] + nodes[s].place[image] * addresses[s][1], weight) for s, weight in edges[image]]
+                [(nodes[s].address + nodes[s].place[image] * nodes[s].step, weight) for s, weight in edges[image]]
                 for image in images
             ],
         )

@@ -1,9 +1,11 @@
 """One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
 
+from collections.abc import Iterator
 from typing import Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from dg_timm import aggregation, cpu_kernels, graph
@@ -188,10 +190,10 @@ class DGStage(nn.Module):
             )
         if x.is_meta:  # only shapes are asked for
             return self.dense(x)
-        for module in self.modules():
-            if _takes_batch_statistics(module):
+        for norm in _norms(self):
+            if norm.training or norm.running_mean is None:
                 raise RuntimeError(
-                    f"sparse execution runs a block for a part of the batch, and a {type(module).__name__} of this "
+                    f"sparse execution runs a block for a part of the batch, and a {type(norm).__name__} of this "
                     "stage would take its statistics: call model.eval(), or dg_timm.set_execution(model, 'dense')"
                 )
         with torch.no_grad():
@@ -295,15 +297,26 @@ class DGStage(nn.Module):
         return self.edges == graph.complete(len(self.block_names))
 
 
-def _takes_batch_statistics(module: nn.Module) -> bool:
-    """Whether a norm averages over the batch: in training mode, or always, if it has no running statistics."""
-    return hasattr(module, "running_mean") and (module.training or module.running_mean is None)
+def _norms(module: nn.Module) -> Iterator[_NormBase]:
+    """Norms that average over the batch in training mode, or always, if they have no running statistics.
+
+    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
+    """
+    rest: list[Optional[nn.Module]] = [module]
+    while rest:
+        found = rest.pop()
+        if isinstance(found, _NormBase):
+            yield found
+        elif found is not None:
+            rest.extend(found._modules.values())
 
 
 def _sees_the_batch(module: nn.Module) -> bool:
     """Whether a module's result may depend on the batch as a whole, or somebody watches it."""
     return (
-        module.training or _takes_batch_statistics(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+        module.training
+        or (isinstance(module, _NormBase) and module.running_mean is None)
+        or bool(module._forward_hooks or module._forward_pre_hooks)
     )
 
 
