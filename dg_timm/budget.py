@@ -1,5 +1,6 @@
 """Towards a compute budget: costs that can be learned from, a start from which blocks can be skipped, thresholds."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from dg_timm.checkpoint import is_identity, routers
+from dg_timm.checkpoint import graph_stages, is_identity, routers
 from dg_timm.cost import Costs, count_costs
 from dg_timm.introspect import adjacency, record_adjacency, require_dynamic, set_threshold
 from dg_timm.router import Router
@@ -138,6 +139,46 @@ def threshold_curve(model: nn.Module, batches: Iterable[Tensor], thresholds: Seq
     finally:
         for router, before in fixed.items():
             router.fixed_threshold = before
+
+
+@torch.no_grad()
+def refit_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Take the running statistics of all batch norms anew, over some images, with the thresholds in force.
+
+    A network that learned with its thresholds was normalised for what they let through. Another threshold lets more or
+    less through, and without new statistics accuracy falls far below what the same weights can do.
+
+    Args:
+        batches: training images without augmentation, at least a few hundred; every batch of one size.
+
+    Raises:
+        ValueError: if there is no image; the model is then left as it was.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None or not len(first):
+        raise ValueError("no images: give at least one batch (batch, channels, height, width)")
+    sparse = [stage for stage in graph_stages(model).values() if stage.execution == "sparse"]
+    try:
+        for stage in sparse:
+            stage.execution = "dense"
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for images in itertools.chain([first], batches):
+            model(images)
+    finally:
+        for stage in sparse:
+            stage.execution = "sparse"
+        for module, training in modes.items():
+            module.training = training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def calibrate(

@@ -8,17 +8,22 @@ The curve: at each threshold (``dg_timm.set_threshold``; *learned*: the network'
 images, the standard deviation of the cost between images (0: all take the same path), and the time in sparse execution
 relative to the static network, both in one run, in turn, on the same images: median of the rounds' ratios. Choosing a
 threshold on the images that accuracy is reported for flatters it: give ``--val-split train`` to choose, or be aware.
+
+A network was normalised for what its own thresholds let through. ``--refit-norms N`` takes the statistics of its norms
+anew at every other threshold, over N training images (``dg_timm.budget.refit_norms``): without them accuracy falls far
+below what the same weights can do.
 """
 
 import argparse
+import copy
 import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +31,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import dg_timm
-from dg_timm.budget import calibrate
+from dg_timm.budget import refit_norms
 from dg_timm.checkpoint import graph_stages
 from dg_timm.cost import relative_cost
 from dg_timm.introspect import record_adjacency
@@ -34,9 +39,20 @@ from dg_timm.training import arguments, models
 from dg_timm.training.loading import Batch
 from dg_timm.training.processes import make_accelerator
 from dg_timm.training.report import hardware
-from dg_timm.training.setup import data_config_of, load_data, make_loader
+from dg_timm.training.setup import data_config_of, limit, load_data, make_loader
+from dg_timm.training.sources import Split
 
 Row = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the images, and of what is done with them."""
+    parser.add_argument(
+        "--refit-norms", type=arguments.natural, default=1024, metavar="N", help="0 leaves the norms as they are"
+    )
+    arguments.add_data_options(parser)
+    arguments.add_image_options(parser)
+    parser.set_defaults(workers=0, seed=0, batch_size=64)
 
 
 def parse() -> argparse.Namespace:
@@ -54,27 +70,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=arguments.positive, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, help="write the curve")
     parser.add_argument("--plot", type=Path, help="draw it (PNG)")
-    arguments.add_data_options(parser)
-    arguments.add_image_options(parser)
-    parser.set_defaults(workers=0)
+    add_options(parser)
     args = parser.parse_args()
-    args.seed, args.batch_size = 0, 64
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
     return args
 
 
-def load_batches(args: argparse.Namespace, model: nn.Module) -> list[Batch]:
-    """The images to evaluate on, preprocessed as the model wants them, all in memory."""
+def load_batches(args: argparse.Namespace, model: nn.Module) -> tuple[list[Batch], list[Tensor]]:
+    """The images to evaluate on, and those to refit norms with, preprocessed as the model wants them, in memory."""
     splits = load_data(args)
     if model.num_classes != len(splits.label_names):
         raise ValueError(f"{args.model} has {model.num_classes} classes, {args.data} has {len(splits.label_names)}")
     config = data_config_of(model, args)
-    loader = make_loader(
-        splits.test, args, create_transform(**config), splits.label_names, args.batch_size,
-        make_accelerator(mixed_precision="no"), config, training=False,
-    )  # fmt: skip
-    return list(loader.epoch(0))
+    transform, accelerator = create_transform(**config), make_accelerator(mixed_precision="no")
+
+    def batches(split: Split) -> list[Batch]:
+        loader = make_loader(
+            split, args, transform, splits.label_names, args.batch_size, accelerator, config, training=False
+        )
+        return list(loader.epoch(0))
+
+    if not args.refit_norms:
+        return batches(splits.test), []
+    some = limit(splits.train, min(args.refit_norms, splits.train.size or args.refit_norms), "--refit-norms")
+    return batches(splits.test), [batch.images[batch.weights > 0] for batch in batches(some)]
 
 
 def thresholds_of(model: nn.Module, images: Tensor, points: int) -> list[float]:
@@ -139,56 +159,53 @@ def time_ratios(
     return [(median(c), quantiles(c, n=4)[0], quantiles(c, n=4)[2]) for c in columns]
 
 
-def at(model: nn.Module, threshold: Optional[float]) -> Callable[[Tensor], Any]:
-    """The model in sparse execution at a threshold."""
-
-    def run(images: Tensor) -> Any:
-        dg_timm.set_threshold(model, threshold)
-        return model(images)
-
-    return run
+def variants(model: nn.Module, thresholds: Sequence[float], refit: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """The model with its learned thresholds, and a copy of it at each of ``thresholds``, with norms of its own."""
+    found = {"learned": model}
+    for threshold in thresholds:
+        found[str(threshold)] = copy.deepcopy(model)
+        dg_timm.set_threshold(found[str(threshold)], threshold)
+        if refit:
+            refit_norms(found[str(threshold)], refit)
+    return found
 
 
 def curve(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     static: nn.Module,
     batches: Sequence[Batch],
-    thresholds: Sequence[Optional[float]],
     *,
     time_batch: Sequence[int] = (),
     rounds: int = 7,
 ) -> list[Row]:
-    """A row for each threshold (None: the learned ones); the model's setting is lost.
+    """A row for each of :func:`variants`, in eval mode; they end in sparse execution.
 
     Args:
         static: the network that times are relative to.
         time_batch: batch sizes; each is timed on its first eight batches, at least 32 images.
     """
     rows: list[Row] = []
-    dg_timm.set_execution(model, "dense")
-    for threshold in thresholds:
-        dg_timm.set_threshold(model, threshold)
+    for threshold, model in models.items():
+        dg_timm.set_execution(model, "dense")
         top1, costs = predict(model, batches)
+        dg_timm.set_execution(model, "sparse")
         rows.append(
             {
-                "threshold": "learned" if threshold is None else threshold,
+                "threshold": threshold,
                 "top1": round(top1, 3),
                 "cost": round(costs.mean().item(), 4),
                 "spread": round(costs.std(unbiased=False).item(), 4),
             }
         )
-    dg_timm.set_execution(model, "sparse")
     images = torch.cat([batch.images for batch in batches])
     for size in time_batch:
         some = images[: max(32, 8 * size)]
         if len(some) < size:
             raise ValueError(f"a batch of {size} can't be timed with {len(some)} images")
-        found = time_ratios(static, [at(model, threshold) for threshold in thresholds], some, size, rounds)
+        found = time_ratios(static, list(models.values()), some, size, rounds)
         for row, (middle, low, high) in zip(rows, found, strict=True):
             row |= {f"time_{size}": round(middle, 3), f"time_{size}_low": round(low, 3),
                     f"time_{size}_high": round(high, 3)}  # fmt: skip
-    dg_timm.set_execution(model, "dense")
-    dg_timm.set_threshold(model, None)
     return rows
 
 
@@ -243,11 +260,10 @@ def main() -> int:
         model: Any = models.create(args.model, pretrained=not models.names_weights(args.model)).eval()
         if not graph_stages(model):
             raise ValueError(f"{args.model} is static: it has no threshold to choose")
-        batches = load_batches(args, model)
+        batches, refit = load_batches(args, model)
         chosen = args.thresholds or thresholds_of(model, batches[0].images, args.points)
-        rows = curve(
-            model, static_twin(model), batches, [None, *chosen], time_batch=args.time_batch, rounds=args.rounds
-        )
+        by_threshold = variants(model, chosen, refit)
+        rows = curve(by_threshold, static_twin(model), batches, time_batch=args.time_batch, rounds=args.rounds)
         print(table(rows))
         images = sum(int((batch.weights > 0).sum()) for batch in batches)
         print(f"\n{images} images; times on {hardware()}, {args.rounds} rounds")
@@ -256,25 +272,24 @@ def main() -> int:
         if args.plot:
             draw(rows, args.plot)
         if args.target_cost is not None:
-            found = calibrate(model, [batch.images[batch.weights > 0] for batch in batches], args.target_cost)
-            print(json.dumps({"threshold": found.threshold, "cost": found.cost, "spread": found.spread}))
+            print(json.dumps(within(rows, args.target_cost, ["cost"])))
         if args.target_time is not None:
-            print(json.dumps(within_time(rows, args.target_time, args.time_batch)))
+            print(json.dumps(within(rows, args.target_time, [f"time_{size}" for size in args.time_batch])))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def within_time(rows: Sequence[Row], target: float, time_batch: Sequence[int]) -> Row:
-    """The row of the best accuracy among those within the time of every batch size; ValueError if there is none."""
-    if not time_batch:
+def within(rows: Sequence[Row], target: float, keys: Sequence[str]) -> Row:
+    """The most accurate row among those that keep to a budget in every one of ``keys``; ValueError if there is none."""
+    if not keys:
         raise ValueError("--target-time needs a --time-batch")
-    fits = [row for row in rows if all(row[f"time_{size}"] <= target for size in time_batch)]
+    fits = [row for row in rows if all(row[key] <= target for key in keys)]
     if not fits:
-        fastest = min(max(row[f"time_{size}"] for size in time_batch) for row in rows)
-        raise ValueError(f"no threshold of the curve takes at most {target:g} of the static time; the best {fastest:g}")
-    return max(fits, key=lambda row: row["top1"])
+        least = min(max(row[key] for key in keys) for row in rows)
+        raise ValueError(f"no threshold of the curve keeps to {target:g}; the least is {least:g}")
+    return max(fits, key=lambda row: float(row["top1"]))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

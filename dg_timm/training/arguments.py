@@ -335,13 +335,6 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--cost-ramp", type=share, default=0.5, help="part of the training over which the target comes down"
     )
-    loss.add_argument(
-        "--threshold-range",
-        type=above_zero,
-        metavar="HIGHEST",
-        help="with --target-cost: learn with thresholds from 0 to here, and targets from 1 down, so that one network "
-        "serves many budgets through set_threshold",
-    )
     flag(loss, "--skippable", False, "start an identity conversion so that one router's decision skips a block")
     loss.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
     loss.add_argument("--distill-temperature", type=above_zero, default=1.0)

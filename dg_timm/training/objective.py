@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -12,7 +11,6 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from dg_timm.budget import ExpectedCost
-from dg_timm.introspect import set_threshold
 from dg_timm.training.loading import Batch, seeded
 
 
@@ -29,19 +27,12 @@ class CostTarget:
     It shows ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be cheap at
     once closes whatever closes fastest.
 
-    With ``thresholds_to``, one network learns many budgets: every update takes one threshold for all nodes, drawn from
-    0 to there, and a target that falls with it from 1 to ``target``. So :func:`dg_timm.set_threshold` is what trades
-    accuracy for cost. Higher thresholds are drawn more often (as the larger of two), and the range opens up with the
-    ramp.
-
     Args:
         objective: that of the task.
         expected: of the network that the objective runs, in or out of its wrapper.
         target: mean cost relative to the static network, 0..1.
         weight: of the squared distance.
         ramp: updates until the target is in force.
-        thresholds_to: the highest threshold; None leaves the thresholds to the network.
-        seed: of what is drawn; the same in all processes.
     """
 
     def __init__(
@@ -52,40 +43,20 @@ class CostTarget:
         target: float,
         weight: float = 10.0,
         ramp: int = 0,
-        thresholds_to: Optional[float] = None,
-        seed: int = 0,
     ) -> None:
         self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
-        self.thresholds_to, self.seed = thresholds_to, seed
 
     def target_at(self, update: int) -> float:
         """The target in force for an update, counted from 0."""
-        return 1 + (self.target - 1) * self.progress(update)
-
-    def progress(self, update: int) -> float:
-        """Through the ramp, 0..1."""
-        return 1.0 if update >= self.ramp else update / self.ramp
-
-    def drawn_at(self, update: int) -> float:
-        """Where in the range of thresholds an update is, 0..1; 1 without a range."""
-        if self.thresholds_to is None:
-            return 1.0
-        return float(np.random.default_rng((self.seed, update)).random(2).max())
+        return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
 
     def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
         """Losses of a batch; ``update`` counts from 0."""
-        drawn = self.drawn_at(update)
-        if self.thresholds_to is not None:
-            set_threshold(self.expected.model, self.thresholds_to * self.progress(update) * drawn)
-        try:
-            with self.expected.recording() as costs:
-                losses = self.objective(model, batch, update, *others)
-            cost = costs()
-        finally:
-            if self.thresholds_to is not None:
-                set_threshold(self.expected.model, None)
+        with self.expected.recording() as costs:
+            losses = self.objective(model, batch, update, *others)
+        cost = costs()
         counted = batch.weights.sum().clamp(min=1)
-        distance = (cost * batch.weights).sum() / counted - (1 + (self.target_at(update) - 1) * drawn)
+        distance = (cost * batch.weights).sum() / counted - self.target_at(update)
         return Losses(losses.loss + self.weight * distance.square(), {**losses.shown, "cost": cost.detach()})
 
 

@@ -11,7 +11,6 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from dg_timm.budget import ExpectedCost, make_skippable
-from dg_timm.checkpoint import routers
 from dg_timm.training import models, optimization
 from dg_timm.training.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
 from dg_timm.training.objective import Classification, CostTarget
@@ -164,9 +163,6 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         teacher = teacher.to(accelerator.device)
     if args.skippable:  # a teacher is made of the plain identity, above
         make_skippable(model)
-    if args.threshold_range is not None:
-        fix_thresholds(model, args.threshold_range)
-        learning = [name for name in learning if model.get_parameter(name).requires_grad]
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(
@@ -202,31 +198,15 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     return Network(model, objective, data_config, learning, not loaded)
 
 
-def fix_thresholds(model: nn.Module, threshold: float) -> None:
-    """Give every node one threshold, which does not learn."""
-    for router in routers(model).values():
-        nn.init.constant_(router.threshold, threshold).requires_grad_(False)
-
-
 def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -> Any:
     """The objective of a network; with --target-cost also a price on its cost. ``updates`` of the whole run."""
     if args.target_cost is None:
-        if args.threshold_range is not None:
-            raise ValueError("--threshold-range belongs to --target-cost: without a price nothing would close")
         return network.objective
     if args.compile:
         raise ValueError("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
     expected = ExpectedCost(network.model, network.data_config["input_size"])
     ramp = round(args.cost_ramp * updates)
-    return CostTarget(
-        network.objective,
-        expected,
-        target=args.target_cost,
-        weight=args.cost_weight,
-        ramp=ramp,
-        thresholds_to=args.threshold_range,
-        seed=args.seed,
-    )
+    return CostTarget(network.objective, expected, target=args.target_cost, weight=args.cost_weight, ramp=ramp)
 
 
 def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,27 +1,181 @@
+"""Accuracy, cost and measured time on CIFAR-10: a network that learned to close, shallower static ones, skipped blocks.
+
+    python train_scripts/experiments/budgets.py --data path/to/cifar10            # three hours on two cores
+    python train_scripts/experiments/budgets.py --data uoft-cs/cifar10 --full     # for a GPU
+
+Every network is trained at 16 px and then at 32 px, for the same number of epochs. The dynamic one learns a target cost
+in the second part; what it costs there and at other thresholds, with the statistics of its norms taken anew (see
+calibrate.py), is its curve. ``skip`` is the deepest static network trained with stochastic depth, without the last
+blocks of each stage. Times are of sparse execution relative to that static network, one thread, in turn in one run.
+
+Writes ``budgets.csv`` (without times), ``times.csv``, ``budgets.md`` and ``budgets.png``.
+"""
+
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from cells import Cell, add_options, run
+import torch
+from cells import SCRIPTS, Cell, Result, add_options, run, write_csv
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
 
-MODELS = ("dg_cifar_resnet26", "cifar_resnet26", "cifar_resnet20", "cifar_resnet14", "cifar_resnet8")
+sys.path.insert(0, str(SCRIPTS))
+import calibrate
+
+import dg_timm
+from dg_timm.budget import refit_norms
+from dg_timm.training import models
+from dg_timm.training.report import hardware, write_beside
+
+DEEPEST = "cifar_resnet26"
+DYNAMIC = f"dg_{DEEPEST}"
+NAMES = (DYNAMIC, DEEPEST, "cifar_resnet20", "cifar_resnet14", "cifar_resnet8", "skip")
+TIMED = (1, 32)
+Row = dict[str, Any]
 
 
-def cells(models: list[str], target: float, seed: int = 0) -> list[Cell]:
-    found = []
-    for model in models:
-        small = Cell(f"{model}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
-        dynamic = {"target-cost": target, "cost-weight": 30} if model.startswith("dg_") else {}
-        found += [small, Cell(model, {"recipe": "cifar10_32px", "model": model, **dynamic}, seed, small)]
+def cells(names: Sequence[str], seed: int, target: float, full: bool) -> list[Cell]:
+    """Of every network a cell at 16 px and one at 32 px that starts from it; in full, one at 32 px alone."""
+    found: list[Cell] = []
+    for name in names:
+        model = DEEPEST if name == "skip" else name
+        own = {"target-cost": target, "cost-weight": 30} if name == DYNAMIC else {}
+        own |= {"drop-path": 0.2} if name == "skip" else {}
+        if full:
+            found.append(Cell(name, {"recipe": "cifar10_full", "model": model, **own}, seed))
+            continue
+        first = Cell(f"{name}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
+        if name == "skip":  # learns to be skipped in the second part, as the dynamic network learns to close
+            first = next(
+                (cell for cell in found if cell.name == f"{DEEPEST}-16px"), Cell(f"{DEEPEST}-16px", first.options, seed)
+            )
+        found += [cell for cell in (first,) if cell not in found]
+        found.append(Cell(name, {"recipe": "cifar10_32px", "model": model, **own}, seed, first))
     return found
+
+
+def without_last(model: nn.Module, blocks: int, refit: Sequence[torch.Tensor]) -> nn.Module:
+    """A static network that skips the last blocks of each stage."""
+    for name in ("layer1", "layer2", "layer3"):
+        stage = model.get_submodule(name)
+        setattr(model, name, nn.Sequential(*list(stage.children())[: len(stage) - blocks]))  # type: ignore[arg-type]
+    if blocks:
+        refit_norms(model, refit)
+    return model
+
+
+def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
+    """A row for each network and operating point: top-1, cost and its spread, and times relative to the deepest."""
+    by_name = {result.cell.name: result for result in results if not result.cell.name.endswith("-16px")}
+    missing = [name for name in by_name if not by_name[name].network.exists()]
+    if missing:
+        raise ValueError(f"the networks of {', '.join(missing)} are not in {args.output}; run without --collect")
+    options = argparse.Namespace(**vars(parse_data(args)), model=DEEPEST)
+    loaded = {name: models.create(str(result.network)).eval() for name, result in by_name.items()}
+    batches, refit = calibrate.load_batches(options, loaded[DEEPEST])
+    static = loaded[DEEPEST]
+    channels, height, width = batches[0].images.shape[1:]
+    size = (channels, height, width)
+    whole = dg_timm.complexity(static, size).convolutions
+    contestants: dict[tuple[str, str], nn.Module] = {}
+    for name, model in loaded.items():
+        if name == DYNAMIC:
+            chosen = calibrate.thresholds_of(model, batches[0].images, args.points)
+            contestants |= {(name, key): m for key, m in calibrate.variants(model, chosen, refit).items()}
+        elif name == "skip":
+            for blocks in range(4):
+                again = models.create(str(by_name[name].network)).eval()
+                contestants[name, f"{blocks} a stage"] = without_last(again, blocks, refit)
+        else:
+            contestants[name, ""] = model
+    rows: list[Row] = []
+    for (name, point), model in contestants.items():
+        top1, costs = calibrate.predict(model, batches)
+        cost = costs.mean().item() if name == DYNAMIC else dg_timm.complexity(model, size).convolutions / whole
+        rows.append(
+            {"network": name, "point": point, "top1": round(top1, 2), "cost": round(cost, 4),
+             "spread": round(costs.std(unbiased=False).item(), 4)}
+        )  # fmt: skip
+        if name == DYNAMIC:
+            dg_timm.set_execution(model, "sparse")
+    images = torch.cat([batch.images for batch in batches])
+    for batch_size in TIMED:
+        timed = calibrate.time_ratios(
+            static, list(contestants.values()), images[: max(64, 8 * batch_size)], batch_size, args.rounds
+        )
+        for row, (middle, low, high) in zip(rows, timed, strict=True):
+            row |= {f"time_{batch_size}": round(middle, 3), f"time_{batch_size}_low": round(low, 3),
+                    f"time_{batch_size}_high": round(high, 3)}  # fmt: skip
+    return rows
+
+
+def parse_data(args: argparse.Namespace) -> argparse.Namespace:
+    """Options of calibrate.py for the data of this experiment."""
+    parser = argparse.ArgumentParser()
+    calibrate.add_options(parser)
+    return parser.parse_args(["--data", args.data, "--refit-norms", "1024"])
+
+
+def table(rows: Sequence[Row], seconds: float) -> str:
+    lines = [
+        "| network | operating point | top-1 (%) | cost | spread | time, batch 1 (quartiles) | time, batch 32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = [f"{row[f'time_{b}']:.2f} ({row[f'time_{b}_low']:.2f} to {row[f'time_{b}_high']:.2f})" for b in TIMED]
+        lines.append(
+            f"| {row['network']} | {row['point']} | {row['top1']:.2f} | {row['cost']:.3f} | {row['spread']:.3f} | "
+            f"{' | '.join(times)} |"
+        )
+    return "\n".join([*lines, "", f"Training took {seconds / 60:.0f} minutes of one core; {hardware()}.", ""])
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines = {
+        "dynamic, one threshold for all": [r for r in rows if r["network"] == DYNAMIC and r["point"] != "learned"],
+        "dynamic, learned thresholds": [r for r in rows if r["network"] == DYNAMIC and r["point"] == "learned"],
+        "static, by depth": [r for r in rows if r["network"].startswith("cifar_")],
+        "stochastic depth, last blocks skipped": [r for r in rows if r["network"] == "skip"],
+    }
+    panels = {"cost": "cost", "time_1": "time, batch 1", "time_32": "time, batch 32"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for label, found in lines.items():
+            ordered = sorted(found, key=lambda row: float(row[key]))
+            axes.plot([row[key] for row in ordered], [row["top1"] for row in ordered], "o-", label=label)
+        axes.set_xlabel(f"{title} / {DEEPEST}'s")
+        axes.set_ylabel("top-1 (%)")
+    axes.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "budgets")
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--target-cost", type=float, default=0.45)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--target-cost", type=float, default=0.4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--points", type=int, default=8, help="thresholds of the dynamic network")
+    parser.add_argument("--rounds", type=int, default=9, help="of timing")
+    parser.add_argument("--full", action="store_true", help="the recipe cifar10_full")
+    parser.add_argument("--train-only", action="store_true", help="leave the curve for later")
     args = parser.parse_args()
-    run(cells(args.only, args.target_cost), args)
+    torch.set_num_threads(1)
+    results = run(cells(args.only, args.seed, args.target_cost, args.full), args)
+    if args.train_only:
+        return 0
+    rows = measure(results, args)
+    write_csv(args.results / "budgets.csv", [{k: v for k, v in r.items() if "time" not in k} for r in rows])
+    write_csv(args.results / "times.csv", rows)
+    text = table(rows, sum(result.seconds for result in results))
+    write_beside(args.results / "budgets.md", text)
+    draw(rows, args.results / "budgets.png")
+    print(text)
     return 0
 
 
