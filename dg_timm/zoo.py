@@ -1,18 +1,21 @@
 """The model zoo: every row of VARIANTS is a timm model with a ``dg_`` twin, registered on import.
 
 Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into
-the identity-converted network. Weights trained as dynamic networks get tags of their own once they exist.
+the identity-converted network. Weights trained as dynamic networks have tags of their own; they lie in ``trained/``.
 """
 
 import dataclasses
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
@@ -67,11 +70,25 @@ def _twin(name: str) -> str:
     return f"dg_{architecture}{dot}{tag}"
 
 
+def _trained(folder: Path) -> PretrainedCfg:
+    """What timm needs to know of a folder in Hub layout that is part of this package."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    values = {**config["pretrained_cfg"], "num_classes": config["num_classes"], "label_names": config["label_names"]}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
+    return PretrainedCfg(**{**values, "file": str(folder / download.WEIGHTS), "tag": None})
+
+
+# Networks that were trained as dynamic ones, by name and tag.
+TRAINED = {folder.name: folder for folder in sorted((Path(__file__).parent / "trained").glob("dg_*"))}
+
 default_cfgs = generate_default_cfgs(
-    {
+    {name: _trained(folder) for name, folder in TRAINED.items()}
+    | {
         _twin(name): dataclasses.replace(cfg, architecture=None)
         for variant in VARIANTS
         for name, cfg in get_arch_pretrained_cfgs(variant).items()
+        if cfg.has_weights or not any(trained.startswith(f"{_twin(name)}.") for trained in TRAINED)
     }
 )
 

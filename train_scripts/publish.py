@@ -5,8 +5,8 @@
     python train_scripts/publish.py dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
 
 The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
-weights, converted, with the card that hub_cards/ has for it. Nothing but the files listed is sent, in one commit, and
-none where the repository holds the same already. The token is that of `hf auth login` or HF_TOKEN; it is never printed
+weights, converted, with the card that hub_cards/ has for it, or those that ship with the package. Nothing but the files
+listed is sent, in one commit, and none where the repository holds the same already. The token is that of `hf auth login` or HF_TOKEN; it is never printed
 or stored.
 """
 
@@ -88,6 +88,8 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Path:
         return scratch
     if not args.source.startswith("dg_") or not timm.is_model(args.source.partition(".")[0]):
         raise ValueError(f"{args.source} is neither a folder nor a model of the zoo (timm.list_models('dg_*'))")
+    if args.source in dg_timm.zoo.TRAINED:
+        return dg_timm.zoo.TRAINED[args.source]
     if args.images is not None:
         raise ValueError("--images: a converted network has the same wiring for every image; leave it out")
     tag = timm.get_pretrained_cfg_value(args.source, "tag")
