@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from safetensors import SafetensorError
@@ -82,8 +82,9 @@ def _trained(folder: Path) -> PretrainedCfg:
 # Networks that were trained as dynamic ones, by name and tag.
 TRAINED = {folder.name: folder for folder in sorted((Path(__file__).parent / "trained").glob("dg_*"))}
 
+_cfgs: dict[str, Union[dict[str, Any], PretrainedCfg]] = {name: _trained(path) for name, path in TRAINED.items()}
 default_cfgs = generate_default_cfgs(
-    {name: _trained(folder) for name, folder in TRAINED.items()}
+    _cfgs
     | {
         _twin(name): dataclasses.replace(cfg, architecture=None)
         for variant in VARIANTS

@@ -6,8 +6,8 @@
 
 The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
 weights, converted, with the card that hub_cards/ has for it, or those that ship with the package. Nothing but the files
-listed is sent, in one commit, and none where the repository holds the same already. The token is that of `hf auth login` or HF_TOKEN; it is never printed
-or stored.
+listed is sent, in one commit, and none where the repository holds the same already. The token is that of
+`hf auth login` or HF_TOKEN; it is never printed or stored.
 """
 
 import argparse
