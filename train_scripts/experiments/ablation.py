@@ -12,11 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cells import Cell, Result, add_options, paired, run, write_csv
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from dg_timm.training.report import write_beside
+from cells import Cell, add_options, run
+from comparison import write
 
 STATIC = "cifar_resnet26"
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {  # title, options of the dynamic network
@@ -45,53 +42,6 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
     return found
 
 
-def by_seed(results: Sequence[Result], name: str) -> dict[int, float]:
-    return {r.cell.seed: r.figures["eval_top1"] for r in results if r.cell.name == name}
-
-
-def table(results: Sequence[Result]) -> str:
-    """Markdown: top-1 of every seed, the mean, and its difference from the static network's on the same seeds."""
-    seeds = sorted({result.cell.seed for result in results})
-    lines = [
-        f"| wiring | {' | '.join(f'seed {s}' for s in seeds)} | mean | difference (95 % interval) | n | s a run |",
-        f"|---|{'---|' * (len(seeds) + 4)}",
-    ]
-    static = by_seed(results, "static")
-    for name, (title, _) in VARIANTS.items():
-        found = by_seed(results, name)
-        if not found:
-            continue
-        own = [f"{found[seed]:.2f}" if seed in found else "" for seed in seeds]
-        seconds = [result.seconds for result in results if result.cell.name == name]
-        difference, n = "", len(found)
-        if name != "static" and found.keys() & static.keys():
-            mean, low, high, n = paired(found, static)
-            difference = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" if n > 1 else f"{mean:+.2f}"
-        lines.append(
-            f"| {title} | {' | '.join(own)} | {sum(found.values()) / len(found):.2f} | {difference} | {n} | "
-            f"{sum(seconds) / len(seconds):.0f} |"
-        )
-    return "\n".join([*lines, "", f"Seconds on {results[0].hardware}.", ""])
-
-
-def draw(results: Sequence[Result], path: str) -> None:
-    """Differences from the static network: a dot a seed, and the 95 % interval of the mean."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    static = by_seed(results, "static")
-    drawn = [name for name in VARIANTS if name != "static" and by_seed(results, name).keys() & static.keys()]
-    for row, name in enumerate(reversed(drawn)):
-        found = by_seed(results, name)
-        axes.plot([v - static[s] for s, v in found.items() if s in static], [row] * len(found), "o", color="0.6", ms=4)
-        mean, low, high, n = paired(found, static)
-        axes.errorbar(mean, row, xerr=[[mean - low], [high - mean]] if n > 1 else None, fmt="s", color="C0", capsize=3)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(drawn)), [VARIANTS[name][0] for name in reversed(drawn)], fontsize=8)
-    axes.set_xlabel("top-1, points above the static network of the same seed")
-    figure.savefig(path, format="png", dpi=120)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "ablation")
@@ -103,10 +53,7 @@ def main() -> int:
     if not results:
         print("no cell is finished")
         return 1
-    write_csv(args.results / "ablation.csv", [{"cell": r.cell.name, "seed": r.cell.seed, **r.figures} for r in results])
-    write_beside(args.results / "ablation.md", text := table(results))
-    draw(results, str(args.results / "ablation.png"))
-    print(text)
+    write(results, {name: title for name, (title, _) in VARIANTS.items()}, "static", args.results, "ablation")
     return 0
 
 

@@ -33,7 +33,7 @@ class Cell:
 
     Attributes:
         name: of its folder; the seed is appended.
-        options: of train.py, without dashes.
+        options: of train.py, without dashes; of a Path only the name is kept among the results.
         seed: of weights, order and augmentation.
         start: the cell whose network it starts from.
     """
@@ -117,8 +117,11 @@ class _Bench:
 
     def options(self, cell: Cell) -> dict[str, str]:
         """As they are kept: text, with the name of the cell to start from."""
-        options = {key: _text(value) for key, value in {**cell.options, **self.overrides, "seed": cell.seed}.items()}
+        options = {key: _text(value) for key, value in self._given(cell).items()}
         return options | ({"initial-checkpoint": cell.start.folder} if cell.start else {})
+
+    def _given(self, cell: Cell) -> dict[str, Any]:
+        return {**cell.options, **self.overrides, "seed": cell.seed}
 
     def read(self, cell: Cell) -> Optional[Result]:
         file = self.args.results / f"{cell.folder}.json"
@@ -136,7 +139,9 @@ class _Bench:
         folder: Path = self.args.output / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         options = self.options(cell)
-        given = options | ({"initial-checkpoint": str(self.network(cell.start))} if cell.start else {})
+        given = options | {key: str(value) for key, value in self._given(cell).items() if isinstance(value, Path)}
+        if cell.start is not None:
+            given["initial-checkpoint"] = str(self.network(cell.start))
         command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
                    "--resume", "auto"]  # fmt: skip
         for key, value in given.items():
@@ -166,6 +171,8 @@ class _Bench:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.name
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
