@@ -6,7 +6,7 @@ import torch
 from conftest import FAMILIES, randomize_graph, static_and_dynamic
 
 import dg_timm
-from dg_timm.budget import ASLEEP, ExpectedCost, calibrate, make_skippable, threshold_curve
+from dg_timm.budget import ASLEEP, ExpectedCost, calibrate, make_skippable, refit_norms, threshold_curve
 from dg_timm.checkpoint import graph_stages, routers
 from dg_timm.training.loading import Batch
 from dg_timm.training.objective import Classification, CostTarget
@@ -134,3 +134,39 @@ def test_a_budget_that_can_not_be_kept_changes_nothing():
     with pytest.raises(ValueError, match="no images"):
         threshold_curve(model, iter([]), [0.1])
     assert all(router.fixed_threshold is None for router in routers(model).values())
+
+
+@pytest.mark.parametrize("execution", ["dense", "sparse"])
+def test_norms_are_refitted_for_the_thresholds_in_force(execution):
+    """Over one batch in eval mode the refitted network gives what batch statistics give, and nothing else changes."""
+    torch.manual_seed(0)
+    model = randomize_graph(timm.create_model("dg_regnetx_002", num_classes=3).eval(), spread=3.0)
+    dg_timm.set_threshold(model, 0.3)
+    dg_timm.set_execution(model, execution)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = 3 * torch.randn(8, *SIZE)
+    stem = model.stem.bn
+    refit_norms(model, [images[:4], images[4:]])
+    maps = model.stem.conv(images)
+    assert torch.allclose(stem.running_mean, maps.mean((0, 2, 3)), atol=1e-5)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert not any(module.training for module in model.modules())
+    assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+    assert {stage.execution for stage in graph_stages(model).values()} == {execution}
+    after = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no images"):
+        refit_norms(model, [])
+    assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())
+
+
+def test_a_node_with_many_inputs_is_priced_by_the_most_open_ones():
+    """Of the probability that any edge is open, the gradient would vanish where several are."""
+    model = timm.create_model("dg_cifar_resnet26").train()  # every edge open, weights 1 / in-degree
+    with ExpectedCost(model, (3, 32, 32)).recording() as costs:
+        model(torch.randn(2, 3, 32, 32))
+    costs().sum().backward()
+    for stage in graph_stages(model).values():
+        slopes = [float(stage.get_submodule(f"router{i}").scale.grad[3 - i]) for i in range(4)]  # edges into block 4
+        assert min(slopes) > 0
+        assert sum(slopes) > 0.001  # a node costs 0.08 of the network

@@ -1,0 +1,199 @@
+"""Experiments end to end on scikit-learn's digits: trainings happen once, a rerun gives the same table."""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts" / "experiments"))
+
+import ablation
+import budgets
+import calibrate
+import cells as cells_module
+import finetuning
+from cells import Cell, Result, add_options, paired, run
+from comparison import table
+from scipy import stats
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+TINY = ["--set", "epochs=1", "warmup-epochs=0", "train-limit=64", "val-limit=64", "batch-size=32", "image-size=16"]
+
+
+def script(*command):
+    full = [sys.executable, str(SCRIPTS / command[0]), *map(str, command[1:])]
+    return subprocess.run(full, capture_output=True, text=True, check=False, timeout=600)
+
+
+def rows_of(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def options(tmp_path, *more):
+    parser = argparse.ArgumentParser()
+    add_options(parser, "x")
+    return parser.parse_args(
+        ["--data", "digits", "--output", f"{tmp_path}/out", "--results", f"{tmp_path}/kept", *more]
+    )
+
+
+def keep(args, cell, **changed):
+    kept = {"options": {"seed": str(cell.seed), **cell.options, **changed}, "figures": {"eval_top1": 50.0 + cell.seed},
+            "seconds": 1.0, "hardware": "none"}  # fmt: skip
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / f"{cell.folder}.json").write_text(json.dumps(kept))
+
+
+def test_paired_differences_have_students_interval():
+    values, base = {0: 1.0, 1: 3.0, 2: 2.0, 7: 9.0}, {0: 0.0, 1: 1.0, 2: 2.0}
+    mean, low, high, n = paired(values, base)
+    wanted = stats.t.interval(0.95, 2, loc=1.0, scale=stats.sem([1.0, 2.0, 0.0]))
+    assert (mean, n) == (1.0, 3)
+    assert (low, high) == pytest.approx(wanted)
+    assert all(math.isnan(end) for end in paired({0: 1.0}, base)[1:3])
+
+
+def test_finished_cells_are_read_and_never_trained_again(tmp_path, monkeypatch):
+    args = options(tmp_path)
+    done = [Cell("a", {"model": "x"}, seed) for seed in (0, 1)]
+    for cell in done:
+        keep(args, cell)
+    monkeypatch.setattr(cells_module._Bench, "train", lambda *_: pytest.fail("trained again"))
+    assert [result.figures["eval_top1"] for result in run(done, args)] == [50.0, 51.0]
+    args.collect = True
+    assert len(run([*done, Cell("b")], args)) == 2  # what is not finished is left out
+
+
+def test_results_of_other_options_are_refused(tmp_path):
+    args = options(tmp_path)
+    cell = Cell("a", {"model": "x"})
+    keep(args, cell, model="y")
+    with pytest.raises(ValueError, match=r"a-0\.json is of other options \(model\); give another --results"):
+        run([cell], args)
+    with pytest.raises(ValueError, match="two cells have one name"):
+        run([Cell("b"), Cell("b")], args)
+
+
+def test_what_a_cell_starts_from_is_trained_again_only_if_its_network_is_gone(tmp_path, monkeypatch):
+    args = options(tmp_path)
+    first = Cell("first", {"model": "x"})
+    keep(args, first)
+    trained = []
+    monkeypatch.setattr(cells_module._Bench, "train", lambda self, cell: trained.append(cell.folder) or True)
+    second = Cell("second", {"model": "x"}, 0, first)
+    run([first, second], args)
+    assert trained == ["first-0", "second-0"]  # in this order
+    trained.clear()
+    (args.output / "first-0" / "run" / "checkpoints" / "last").mkdir(parents=True)
+    run([first, second], args)
+    assert trained == ["second-0"]
+
+
+def test_cells_that_fail_are_named_after_the_others_are_done(tmp_path):
+    args = options(tmp_path, "--jobs", "2")
+    with pytest.raises(RuntimeError, match=r"wrong-0, no_data-0 failed; see log\.txt"):
+        run([Cell("wrong", {"model": "no_such_model"}), Cell("no_data", {"data": "/no/such/folder"})], args)
+    assert "no_such_model" in (args.output / "wrong-0" / "log.txt").read_text()
+
+
+def test_the_table_has_every_seed_mean_and_interval(tmp_path):
+    results = [
+        Result(Cell(name, {}, seed), {"eval_top1": top1}, 60.0, "two cores", tmp_path)
+        for name, row in {"static": (70.0, 71.0, 72.0), "alpha": (71.0, 71.5, 73.5)}.items()
+        for seed, top1 in enumerate(row)
+    ]
+    text = table(results, {"static": "static", "alpha": "learned", "none": "not run"}, "static")
+    assert "| learned | 71.00 | 71.50 | 73.50 | 72.00 | +1.00 (-0.24 to +2.24) | 3 | 60 |" in text
+    assert "not run" not in text
+
+
+def test_every_experiment_has_its_cells():
+    names = list(ablation.VARIANTS)
+    found = ablation.cells([0, 1, 2], names, "cifar10_scratch")
+    assert len({cell.folder for cell in found}) == 3 * len(names)
+    wired = [cell for cell in found if "wiring" in cell.options.get("model-kwargs", {})]
+    assert all(cell.options["model-kwargs"]["wiring_seed"] == cell.seed for cell in wired)
+    chained = budgets.cells(budgets.NAMES, 0, 0.4, False)
+    assert len({cell.folder for cell in chained}) == len(chained) == 11
+    assert all(cell.start in chained for cell in chained if cell.start is not None)
+    assert all(cell.start is None for cell in budgets.cells(budgets.NAMES, 0, 0.4, True))
+    weights = Path("some/weights.safetensors")
+    assert {cell.options["initial-checkpoint"] for cell in finetuning.cells([0], weights, False)} == {weights}
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_and_a_rerun_of_a_cell_gives_its_csv(tmp_path):
+    command = ("experiments/ablation.py", "--data", "digits", "--only", "static", "alpha", "ws", "--seeds", 0, 1, *TINY)
+    first = script(*command, "--output", tmp_path / "a", "--results", tmp_path / "ra")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert (tmp_path / "ra" / "ablation.png").stat().st_size > 1000
+    table_ = (tmp_path / "ra" / "ablation.csv").read_bytes()
+    assert len(rows_of(tmp_path / "ra" / "ablation.csv")) == 6
+    (tmp_path / "ra" / "alpha-1.json").unlink()
+    again = script(*command, "--output", tmp_path / "b", "--results", tmp_path / "ra")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("begins") == 1
+    assert (tmp_path / "ra" / "ablation.csv").read_bytes() == table_
+
+
+@pytest.mark.slow
+def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
+    places = ("--output", tmp_path / "out", "--results", tmp_path / "kept")
+    done = script("experiments/budgets.py", "--data", "digits", "--only", "dg_cifar_resnet26", "cifar_resnet26", "skip",
+                  "cifar_resnet8", "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of((tmp_path / "kept" / "budgets.csv"))
+    assert [row["network"] for row in rows].count("dg_cifar_resnet26") == 4
+    assert [row["network"] for row in rows].count("skip") == 4
+    costs = {row["network"]: float(row["cost"]) for row in rows}
+    assert costs["cifar_resnet26"] == 1.0
+    assert costs["cifar_resnet8"] == pytest.approx(0.226, abs=0.01)
+    assert not any("time" in key for key in rows[0])
+    looked = script("experiments/paths.py", "--data", "digits", "--static", tmp_path / "out" / "cifar_resnet26-0",
+                    "--model", tmp_path / "out/dg_cifar_resnet26-0/run/checkpoints/last",
+                    "--results", tmp_path / "paths")  # fmt: skip
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    tenths = rows_of((tmp_path / "paths" / "difficulty.csv"))
+    assert sum(int(row["images"]) for row in tenths) == 360
+    losses = [float(row["static_loss"]) for row in tenths]
+    assert losses == sorted(losses)
+    assert (tmp_path / "paths" / "wiring.png").stat().st_size > 1000
+
+
+def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
+    done = script("train.py", "--data", "digits", "--model", "dg_cifar_resnet20", "--image-size", 16, "--epochs", 1,
+                  "--train-limit", 64, "--val-limit", 64, "--workers", 0, "--output", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    common = ("calibrate.py", tmp_path / "run", "--data", "digits", "--val-limit", 64, "--rounds", 2, "--threads", 1)
+    shown = script(*common, "--thresholds", 0, 0.4, 3, "--time-batch", 8, "--target-cost", 0.7, "--refit-norms", 64,
+                   "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png")  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    rows = rows_of((tmp_path / "curve.csv"))
+    assert [row["threshold"] for row in rows] == ["learned", "0.0", "0.4", "3.0"]
+    costs = [float(row["cost"]) for row in rows[1:]]
+    assert costs == sorted(costs, reverse=True)
+    assert all(float(row["time_8"]) > 0 for row in rows)
+    chosen = json.loads(shown.stdout.splitlines()[-1])
+    assert chosen["cost"] <= 0.7
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    for more, message in (
+        (("--thresholds", 0, "--time-batch", "--target-cost", 0.01), "no threshold of the curve keeps to 0.01"),
+        (("--time-batch", "--target-time", 0.5), "--target-time needs a --time-batch"),
+        (("--time-batch", 999), "a batch of 999 can't be timed with 64 images"),
+    ):
+        refused = script(*common, *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    static = script("calibrate.py", "cifar_resnet20", "--data", "digits")
+    assert static.returncode == 2
+
+
+def test_the_budget_takes_the_most_accurate_row_that_keeps_to_it():
+    rows = [{"top1": 90.0, "cost": 0.9}, {"top1": 88.0, "cost": 0.5}, {"top1": 70.0, "cost": 0.4}]
+    assert calibrate.within(rows, 0.6, ["cost"]) is rows[1]
