@@ -148,7 +148,7 @@ def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
     done = script("experiments/budgets.py", "--data", "digits", "--only", "dg_cifar_resnet26", "cifar_resnet26", "skip",
                   "cifar_resnet8", "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of((tmp_path / "kept" / "budgets.csv"))
+    rows = rows_of(tmp_path / "kept" / "budgets.csv")
     assert [row["network"] for row in rows].count("dg_cifar_resnet26") == 4
     assert [row["network"] for row in rows].count("skip") == 4
     costs = {row["network"]: float(row["cost"]) for row in rows}
@@ -159,7 +159,7 @@ def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
                     "--model", tmp_path / "out/dg_cifar_resnet26-0/run/checkpoints/last",
                     "--results", tmp_path / "paths")  # fmt: skip
     assert looked.returncode == 0, looked.stdout + looked.stderr
-    tenths = rows_of((tmp_path / "paths" / "difficulty.csv"))
+    tenths = rows_of(tmp_path / "paths" / "difficulty.csv")
     assert sum(int(row["images"]) for row in tenths) == 360
     losses = [float(row["static_loss"]) for row in tenths]
     assert losses == sorted(losses)
@@ -174,7 +174,7 @@ def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
     shown = script(*common, "--thresholds", 0, 0.4, 3, "--time-batch", 8, "--target-cost", 0.7, "--refit-norms", 64,
                    "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    rows = rows_of((tmp_path / "curve.csv"))
+    rows = rows_of(tmp_path / "curve.csv")
     assert [row["threshold"] for row in rows] == ["learned", "0.0", "0.4", "3.0"]
     costs = [float(row["cost"]) for row in rows[1:]]
     assert costs == sorted(costs, reverse=True)

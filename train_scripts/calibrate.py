@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -109,6 +109,16 @@ def thresholds_of(model: nn.Module, images: Tensor, points: int) -> list[float]:
     ]
 
 
+class Timing(NamedTuple):
+    """Median ratio of the rounds to the static network with its quartiles, and median milliseconds an image of both."""
+
+    ratio: float
+    low: float
+    high: float
+    ms: float
+    static_ms: float
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, Tensor]:
     """Top-1 (%), and of every image its cost (1 of a static network)."""
@@ -133,8 +143,8 @@ def time_ratios(
     images: Tensor,
     batch_size: int,
     rounds: int,
-) -> list[tuple[float, float, float]]:
-    """Of each of ``others``, the time for all images, in batches, relative to ``static``: median and quartiles.
+) -> list[Timing]:
+    """Of each of ``others``, the time for all images, in batches, beside that of ``static``.
 
     A round runs every one once, in an order that turns round every time.
     """
@@ -154,9 +164,13 @@ def time_ratios(
         for number in range(rounds):
             order = range(len(contestants)) if number % 2 == 0 else reversed(range(len(contestants)))
             found = {k: seconds(contestants[k]) for k in order}
-            table.append([found[k] / found[0] for k in range(1, len(contestants))])
-    columns = [[row[k] for row in table] for k in range(len(others))]
-    return [(median(c), quantiles(c, n=4)[0], quantiles(c, n=4)[2]) for c in columns]
+            table.append([found[k] for k in range(len(contestants))])
+    timings = []
+    for k in range(1, len(contestants)):
+        low, middle, high = quantiles([row[k] / row[0] for row in table], n=4)
+        of_static, own = (1000 * median(row[c] for row in table) / len(images) for c in (0, k))
+        timings.append(Timing(middle, low, high, own, of_static))
+    return timings
 
 
 def variants(model: nn.Module, thresholds: Sequence[float], refit: Sequence[Tensor]) -> dict[str, nn.Module]:
@@ -203,10 +217,20 @@ def curve(
         if len(some) < size:
             raise ValueError(f"a batch of {size} can't be timed with {len(some)} images")
         found = time_ratios(static, list(models.values()), some, size, rounds)
-        for row, (middle, low, high) in zip(rows, found, strict=True):
-            row |= {f"time_{size}": round(middle, 3), f"time_{size}_low": round(low, 3),
-                    f"time_{size}_high": round(high, 3)}  # fmt: skip
+        for row, timing in zip(rows, found, strict=True):
+            row |= time_columns(size, timing)
     return rows
+
+
+def time_columns(size: int, timing: Timing) -> Row:
+    """Columns of a table for a batch size."""
+    return {
+        f"time_{size}": round(timing.ratio, 3),
+        f"time_{size}_low": round(timing.low, 3),
+        f"time_{size}_high": round(timing.high, 3),
+        f"time_{size}_ms": round(timing.ms, 3),
+        f"time_{size}_static_ms": round(timing.static_ms, 3),
+    }
 
 
 def static_twin(model: nn.Module) -> nn.Module:

@@ -107,9 +107,8 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
         timed = calibrate.time_ratios(
             static, list(contestants.values()), images[: max(64, 8 * batch_size)], batch_size, args.rounds
         )
-        for row, (middle, low, high) in zip(rows, timed, strict=True):
-            row |= {f"time_{batch_size}": round(middle, 3), f"time_{batch_size}_low": round(low, 3),
-                    f"time_{batch_size}_high": round(high, 3)}  # fmt: skip
+        for row, timing in zip(rows, timed, strict=True):
+            row |= calibrate.time_columns(batch_size, timing)
     return rows
 
 
