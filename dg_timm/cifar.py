@@ -5,7 +5,7 @@ layers for n blocks a stage. Where a stage changes the shape, its first block's 
 B), as in every ResNet of timm.
 """
 
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
@@ -41,9 +41,10 @@ default_cfgs = generate_default_cfgs({name: {"url": "", **CIFAR10} for name in B
 class CifarResNet(ResNet):
     """timm's ResNet with the stem and the three stages of the CIFAR networks; takes what a ResNet takes."""
 
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
+    if TYPE_CHECKING:  # TorchScript would read them
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> None:
         super().__init__(

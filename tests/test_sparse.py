@@ -8,7 +8,8 @@ from test_stage import images, make_stage
 from torch import nn
 
 import dg_timm
-from dg_timm import aggregation, sparse
+from dg_timm import aggregation, graph, sparse
+from dg_timm.router import Router
 from dg_timm.stage import DGStage
 
 BIG = 100.0
@@ -250,3 +251,31 @@ def test_dense_is_the_default_and_is_not_saved(model, tmp_path):
     again = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert all(stage.execution == "dense" for stage in dg_timm.checkpoint.graph_stages(again).values())
     assert isinstance(next(iter(dg_timm.checkpoint.graph_stages(again).values())), DGStage)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("edge_scale", [True, False])
+@pytest.mark.parametrize("wiring", [graph.complete(4), [[], [0], [0], [1], [2], [0, 3, 4]]])
+def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, wiring, monkeypatch):
+    router = Router(37, 0, wiring, edge_scale, dtype=dtype)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        router.threshold.fill_(0.5)
+    maps = torch.randn(3, 37, 5, 5, dtype=dtype)
+    for fixed in (None, 0.0, 0.3):
+        router.fixed_threshold = fixed
+        wanted = router(maps.mean((2, 3)))
+        assert fixed == 0.0 or (wanted == 0).any()
+        called = []
+        handle = router.register_forward_pre_hook(lambda *_, seen=called: seen.append(1))
+        hooked = sparse.rows_of(router, maps)  # somebody watches the router: it is called
+        handle.remove()
+        assert called == [1]
+        monkeypatch.setattr(Router, "forward", lambda *_: pytest.fail("the router was called"))
+        rows = sparse.rows_of(router, maps)
+        monkeypatch.undo()
+        for found in (rows, hooked):
+            found = torch.tensor(found, dtype=dtype)
+            assert torch.allclose(found, wanted, atol=1e-6)
+            assert torch.equal(found == 0, wanted == 0)
