@@ -27,7 +27,7 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     shipped = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dg_timm").rglob("*")
-        if path.suffix in (".py", ".c", ".md", ".typed")
+        if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png")
     }
     shipped |= {"dg_timm/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == shipped
@@ -47,6 +47,8 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
         "again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()\n"
         "x = torch.randn(1, 3, 64, 64)\n"
         "assert torch.equal(again(x), model(x))\n"
+        "for name in dg_timm.zoo.TRAINED: timm.create_model(name, pretrained=True)\n"
+        "assert dg_timm.zoo.TRAINED\n"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

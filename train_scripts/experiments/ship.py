@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "budgets")
     parser.add_argument("--folder", type=Path, help="by default that of the package")
-    parser.add_argument("--target-cost", type=float, default=0.45)
+    parser.add_argument("--target-cost", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.collect = True
