@@ -1,7 +1,7 @@
 """The model zoo: every row of VARIANTS is a timm model with a ``dg_`` twin, registered on import.
 
 Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into
-the identity-converted network. Weights trained as dynamic networks have tags of their own; they lie in ``trained/``.
+the identity-converted network. Weights trained as dynamic networks have tags of their own; folders of them would lie in ``trained/``.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def _trained(folder: Path) -> PretrainedCfg:
     return PretrainedCfg(**{**values, "file": str(folder / download.WEIGHTS), "tag": None})
 
 
-# Networks that were trained as dynamic ones, by name and tag.
+# Networks that were trained as dynamic ones, by name and tag; none is good enough to ship yet.
 TRAINED = {folder.name: folder for folder in sorted((Path(__file__).parent / "trained").glob("dg_*"))}
 
 _cfgs: dict[str, Union[dict[str, Any], PretrainedCfg]] = {name: _trained(path) for name, path in TRAINED.items()}

@@ -47,8 +47,6 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
         "again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()\n"
         "x = torch.randn(1, 3, 64, 64)\n"
         "assert torch.equal(again(x), model(x))\n"
-        "for name in dg_timm.zoo.TRAINED: timm.create_model(name, pretrained=True)\n"
-        "assert dg_timm.zoo.TRAINED\n"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
