@@ -1,7 +1,8 @@
 """The model zoo: every row of VARIANTS is a timm model with a ``dg_`` twin, registered on import.
 
 Each pretrained tag of the static model is a tag of ours and names the same, static, weights: loading turns them into
-the identity-converted network. Weights trained as dynamic networks have tags of their own; folders of them would lie in ``trained/``.
+the identity-converted network. Weights trained as dynamic networks get tags of their own; their folders go into
+``trained/``, and none is good enough to ship yet.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def _trained(folder: Path) -> PretrainedCfg:
     return PretrainedCfg(**{**values, "file": str(folder / download.WEIGHTS), "tag": None})
 
 
-# Networks that were trained as dynamic ones, by name and tag; none is good enough to ship yet.
+# Networks that were trained as dynamic ones, by name and tag.
 TRAINED = {folder.name: folder for folder in sorted((Path(__file__).parent / "trained").glob("dg_*"))}
 
 _cfgs: dict[str, Union[dict[str, Any], PretrainedCfg]] = {name: _trained(path) for name, path in TRAINED.items()}

@@ -92,8 +92,11 @@ def unfounded(text: str, name: str) -> list[str]:
 
 def test_every_model_of_the_zoo_has_one_card_with_a_real_tag():
     named = [name for file in SOURCES for name in yaml.safe_load(file.read_text())["models"]]
+    # those with weights: the networks for CIFAR have none
     assert sorted(name.partition(".")[0] for name in named) == sorted(
-        timm.list_models("dg_*", exclude_filters="*test*")
+        name
+        for name in timm.list_models("dg_*", exclude_filters="*test*")
+        if timm.get_pretrained_cfg(name.removeprefix("dg_")).has_weights
     )
     assert set(named) <= set(timm.list_pretrained("dg_*"))
     assert {name.partition(".")[0] for name in SMALLEST} <= {name.partition(".")[0] for name in named}

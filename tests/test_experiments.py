@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts" / "experiments"))
@@ -21,6 +23,9 @@ import finetuning
 from cells import Cell, Result, add_options, paired, run
 from comparison import table
 from scipy import stats
+
+from dg_timm.checkpoint import routers
+from dg_timm.training.loading import Batch
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 TINY = ["--set", "epochs=1", "warmup-epochs=0", "train-limit=64", "val-limit=64", "batch-size=32", "image-size=16"]
@@ -166,6 +171,7 @@ def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
     assert (tmp_path / "paths" / "wiring.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
     done = script("train.py", "--data", "digits", "--model", "dg_cifar_resnet20", "--image-size", 16, "--epochs", 1,
                   "--train-limit", 64, "--val-limit", 64, "--workers", 0, "--output", tmp_path / "run")  # fmt: skip
@@ -197,3 +203,19 @@ def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
 def test_the_budget_takes_the_most_accurate_row_that_keeps_to_it():
     rows = [{"top1": 90.0, "cost": 0.9}, {"top1": 88.0, "cost": 0.5}, {"top1": 70.0, "cost": 0.4}]
     assert calibrate.within(rows, 0.6, ["cost"]) is rows[1]
+
+
+def test_the_curve_of_a_network_is_measured_in_turn():
+    torch.manual_seed(0)
+    model = timm.create_model("dg_cifar_resnet20", num_classes=3).eval()
+    images = torch.randn(32, 3, 16, 16)
+    batch = Batch(images, torch.zeros(32, dtype=torch.long), torch.ones(32), torch.zeros(32, 2), [], [])
+    by_threshold = calibrate.variants(model, [0.0, 3.0], [images])
+    rows = calibrate.curve(by_threshold, calibrate.static_twin(model), [batch], time_batch=[8], rounds=2)
+    assert [row["threshold"] for row in rows] == ["learned", "0.0", "3.0"]
+    assert rows[1]["cost"] > 1 > rows[2]["cost"]
+    assert all(row["time_8_low"] <= row["time_8"] <= row["time_8_high"] for row in rows)
+    assert all(row["time_8_ms"] > 0 < row["time_8_static_ms"] for row in rows)
+    assert len(calibrate.table(rows).splitlines()) == 5
+    assert calibrate.thresholds_of(model, images, 4)[0] == 0.0
+    assert all(router.fixed_threshold is None for router in routers(model).values())

@@ -18,6 +18,7 @@ def model():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adjacency_has_a_strictly_upper_triangular_matrix_for_every_image_and_stage(name):
+    torch.manual_seed(1)  # with 0 the first stage of resnet18 is closed, and all images look alike behind it
     model = randomize_graph(randomize(timm.create_model(name)))
     alpha = dg_timm.adjacency(model, torch.randn(3, 3, 64, 64))
     stages = graph_stages(model)
