@@ -8,14 +8,13 @@ chain of the same nodes made dynamic: ``dynamize(timm.create_model("randwire_sma
 
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from dg_timm import graph
-from dg_timm.random_graphs import GENERATORS, random_wiring
+from dg_timm.random_graphs import GENERATORS, wire
 
 CHANNELS = 78
 NODES = 32
@@ -106,6 +105,7 @@ class RandWire(nn.Module):
             nn.Conv2d(narrow, CHANNELS, 3, 2, padding=1, bias=False),
             nn.BatchNorm2d(CHANNELS),
         )
+        wirings = wire({str(k): NODES for k in range(3)}, "complete" if wiring == "chain" else wiring, wiring_seed)
         stages: list[nn.Module] = []
         chs = CHANNELS
         for k, out_chs in enumerate((CHANNELS, 2 * CHANNELS, 4 * CHANNELS)):
@@ -113,8 +113,7 @@ class RandWire(nn.Module):
                 blocks = [Node(chs, out_chs, 2), *(Node(out_chs, out_chs, 1) for _ in range(NODES - 1))]
                 stages.append(nn.Sequential(*blocks))
             else:
-                seed = int(np.random.SeedSequence((wiring_seed, k)).generate_state(1)[0])
-                stages.append(RandomStage(chs, out_chs, random_wiring(wiring, NODES, seed)))
+                stages.append(RandomStage(chs, out_chs, wirings[str(k)]))
             chs = out_chs
         self.stages = nn.Sequential(*stages)
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(chs, HEAD, 1, bias=False), nn.BatchNorm2d(HEAD), nn.ReLU())

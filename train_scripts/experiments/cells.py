@@ -145,7 +145,10 @@ class _Bench:
         command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
                    "--resume", "auto"]  # fmt: skip
         for key, value in given.items():
-            command += [f"--{key}", *([] if value == "True" else value.split())]
+            command += [
+                f"--{key}",
+                *([] if value == "True" else [value] if key == "initial-checkpoint" else value.split()),
+            ]
         print(f"{cell.folder} begins", flush=True)
         with (folder / "log.txt").open("a") as log:
             status = subprocess.run(
