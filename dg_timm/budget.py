@@ -9,26 +9,21 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from dg_timm import graph
 from dg_timm.checkpoint import graph_stages, is_identity, routers
 from dg_timm.cost import Costs, count_costs
-from dg_timm.introspect import adjacency, record_adjacency, require_dynamic, set_threshold
-from dg_timm.router import Router
+from dg_timm.gates import Gates
+from dg_timm.introspect import adjacency, require_dynamic, set_threshold
 
-# Of the sigmoid that stands in for the step of Eq. 5 where a cost is differentiated: wider than that of the threshold's
-# own gradient, so that an edge of weight 1 feels a price, too.
-WIDTH = 0.5
-TEMPERATURE = 0.1  # of the softmax that shares the price of a node between its input edges
 ASLEEP = -4.0  # logit of an edge that could carry weight 1, and weighs 2 * sigmoid(-4) = 0.036
 
 
 class ExpectedCost:
-    """The cost of every image of a forward pass that trains, with a gradient for every edge.
+    """The cost of every image of a forward pass that trains, with a gradient for the gate of every block.
 
-    Its value is exactly :func:`dg_timm.cost`. Its gradient takes an edge to be open to the degree
-    ``sigmoid((|weight| - tau) / width)``, and a node to run to the degree of its most open input edges: the price of a
-    node is theirs, by a softmax over the degrees. (The probability that any of several edges is open would hardly
-    change with each of them, and no node that has many inputs would ever close.) So routers, scales and thresholds
-    learn to close edges and nodes, and to open them again.
+    Its value is exactly :func:`dg_timm.cost`, with the noise of the gates if there is any. Its gradient is that of
+    the blocks' gates (:mod:`dg_timm.gates`): so the weights of edges learn to close and open nodes. What edges cost
+    themselves, about a hundredth, is in the value only.
 
     Args:
         model: a dynamic graph network, in dense execution.
@@ -38,41 +33,40 @@ class ExpectedCost:
         ValueError: if the model is static.
     """
 
-    def __init__(
-        self, model: nn.Module, input_size: Optional[tuple[int, int, int]] = None, width: float = WIDTH
-    ) -> None:
+    def __init__(self, model: nn.Module, input_size: Optional[tuple[int, int, int]] = None) -> None:
         require_dynamic(model)
-        self.model, self.width = model, width
+        self.model = model
         self.costs: Costs = count_costs(model, input_size)
 
-    def degrees(self, router: Router, pooled: Tensor, row: Tensor) -> Tensor:
-        """(batch, out-degree, 2): of every edge 1 if it is open, else 0; and the degree to which it is."""
-        weight = torch.sigmoid(router.logits_of(pooled).float())
-        weight = weight if router.scale is None else weight * router.scale.float()
-        margin = router.row(weight.abs() - router.tau().float())
-        degree = torch.sigmoid(margin / self.width)
-        opened = row.detach() != 0
-        there = opened | (margin < 0)  # not the edges that leave a removed node
-        return torch.stack([opened.to(degree.dtype), torch.where(there, degree, 0.0)], -1)
-
-    def relative(self, degrees: dict[str, Tensor]) -> Tensor:
-        """(batch,): the cost, given {stage: (batch, N, N, 2)} of :meth:`degrees`."""
-        soft = torch.zeros(())
-        for name, stage in self.costs.stages.items():
-            degree = degrees[name][..., 1]
-            soft = soft + (degree * stage.edges.to(degree)).sum((1, 2))
-            for node, own in enumerate(stage.nodes, start=1):
-                inputs = degree[:, :node, node]
-                share = torch.softmax(inputs.detach() / TEMPERATURE, 1)
-                soft = soft + own * (share * inputs).sum(1)
-        soft = soft / self.costs.static
-        return self.costs.relative({name: both[..., 0] for name, both in degrees.items()}) + (soft - soft.detach())
-
     @contextmanager
-    def recording(self) -> Iterator[Callable[[], Tensor]]:
-        """Call what it gives after a forward pass of the model inside the ``with`` block: (batch,) relative costs."""
-        with record_adjacency(self.model, self.degrees) as degrees:
-            yield lambda: self.relative(degrees)
+    def recording(self, noise: float = 0.0, seed: int = 0) -> Iterator[Callable[[], Tensor]]:
+        """Call what it gives after a forward pass of the model inside the ``with`` block: (batch,) relative costs.
+
+        Args:
+            noise: scale of the noise on the logarithm of |weight| / threshold by which a node runs or does not.
+            seed: of that noise.
+        """
+        stages = graph_stages(self.model)
+        if any(stage.execution != "dense" for stage in stages.values()):
+            raise ValueError("a cost is learned in dense execution: dg_timm.set_execution(model, 'dense') first")
+        generator = torch.Generator().manual_seed(seed)
+        gates = {name: Gates(noise, generator) for name in stages}
+        try:
+            for name, stage in stages.items():
+                stage.gates = gates[name]
+            yield lambda: self.relative(gates)
+        finally:
+            for stage in stages.values():
+                stage.gates = None
+
+    def relative(self, gates: dict[str, Gates]) -> Tensor:
+        """(batch,): the cost, given the gates {stage: ...} of a forward pass."""
+        opened = {name: (graph.adjacency_matrix(gate.rows) != 0).float() for name, gate in gates.items()}
+        run = torch.zeros(())
+        for name, stage in self.costs.stages.items():
+            for own, gate in zip(stage.nodes, gates[name].of_nodes, strict=True):
+                run = run + own * gate[:, 0]
+        return graph.straight_through(run / self.costs.static, self.costs.relative(opened))
 
 
 @torch.no_grad()

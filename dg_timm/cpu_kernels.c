@@ -157,16 +157,6 @@ void NAME(gather)(NUMBER *out, const NUMBER *const *x, const SUM *weights, int64
     }
 }
 
-// As gather, for sources of its own for every image: those of image b are pointers[begin[b] .. begin[b + 1]].
-void NAME(gather_images)(NUMBER *out, const NUMBER *const *pointers, const SUM *weights, const int64_t *begin, int64_t batch, int64_t len, int threads) {
-    int64_t pieces = (len + PIECE - 1) / PIECE;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < batch * pieces; task++) {
-        int64_t b = task / pieces, from = task % pieces * PIECE, size = len - from < PIECE ? len - from : PIECE;
-        NAME(piece)(out + b * len + from, begin[b + 1] - begin[b], pointers + begin[b], from, weights + begin[b], size);
-    }
-}
-
 // The mean of every channel: out (batch, channels), x (batch, channels, size), or (batch, size, channels) if channels_last.
 void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, int64_t size, int channels_last, int threads) {
     enum { TOGETHER = 256 };  // channels
@@ -192,19 +182,58 @@ void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, i
     }
 }
 
-// The weights of a router's n edges for every image (Eqs. 4 and 5), given the means of the channels:
-//   out[b, j] = scale[j] * sigmoid(<weight[j], x[b]> + bias[j]), or 0 below the threshold; scale may be NULL.
-void NAME(route)(SUM *out, const NUMBER *x, const NUMBER *weight, const NUMBER *bias, const NUMBER *scale, double threshold, int64_t batch, int64_t channels, int64_t n) {
+// Sparse execution of a stage keeps, for its nodes in order: alpha[b, i, j], the weight of edge (i, j) for image b, 0
+// where it is closed, and maps[i, b], where the map of node i of image b lies. Removed nodes have neither.
+
+// The images with an open edge into a node; returns how many there are.
+int64_t NAME(enter)(int64_t *images, const SUM *alpha, int64_t batch, int64_t nodes, int64_t target) {
+    int64_t count = 0;
     for (int64_t b = 0; b < batch; b++)
+        for (int64_t i = 0; i < target; i++)
+            if (alpha[(b * nodes + i) * nodes + target] != 0) {
+                images[count++] = b;
+                break;
+            }
+    return count;
+}
+
+// What these images carry into a node: out (count, len).
+void NAME(read)(NUMBER *out, const NUMBER *const *maps, const SUM *alpha, const int64_t *images, int64_t count, int64_t batch, int64_t nodes, int64_t target, int64_t len, int threads) {
+    int64_t pieces = (len + PIECE - 1) / PIECE;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < count * pieces; task++) {
+        int64_t k = task / pieces, b = images[k], from = task % pieces * PIECE, size = len - from < PIECE ? len - from : PIECE;
+        const NUMBER *x[nodes];
+        SUM w[nodes];
+        for (int64_t i = 0; i < target; i++) {
+            x[i] = maps[i * batch + b];
+            w[i] = alpha[(b * nodes + i) * nodes + target];
+        }
+        NAME(piece)(out + k * len + from, target, x, from, w, size);
+    }
+}
+
+// A node has run for these images, x: (count, channels, size) or (count, size, channels). Its n edges, to `targets`, get
+//   scale[j] * sigmoid(<weight[j], mean of x[k]> + bias[j]), or 0 below the threshold; scale may be NULL.
+// Without a weight nothing is weighed. Returns 0, or 1 where there was no memory for the means.
+int NAME(leave)(const NUMBER **maps, SUM *alpha, const int64_t *images, const NUMBER *x, const NUMBER *weight, const NUMBER *bias, const NUMBER *scale, const int64_t *targets, double threshold, int64_t node, int64_t count, int64_t batch, int64_t nodes, int64_t channels, int64_t size, int64_t n, int channels_last, int threads) {
+    for (int64_t k = 0; k < count; k++) maps[node * batch + images[k]] = x + k * channels * size;
+    if (!weight) return 0;
+    NUMBER *means = malloc(sizeof(NUMBER) * (count * channels + 1));
+    if (!means) return 1;
+    NAME(pool)(means, x, count, channels, size, channels_last, threads);
+    for (int64_t k = 0; k < count; k++)
         for (int64_t j = 0; j < n; j++) {
-            const NUMBER *mean = x + b * channels, *row = weight + j * channels;
+            const NUMBER *mean = means + k * channels, *row = weight + j * channels;
             SUM dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int64_t c = 0; c < channels; c++) dot += LOAD(mean[c]) * LOAD(row[c]);
             SUM edge = (SUM)(1 / (1 + exp(-(double)(dot + LOAD(bias[j])))));
             if (scale) edge *= LOAD(scale[j]);
-            out[b * n + j] = fabs((double)edge) < threshold ? 0 : edge;
+            alpha[(images[k] * nodes + node) * nodes + targets[j]] = fabs((double)edge) < threshold ? 0 : edge;
         }
+    free(means);
+    return 0;
 }
 
 // The gradient at a source x that n targets read, whose gradients are g: in one pass over the g

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ _SECONDS = 120
 _ADDRESS, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "gather": [_ADDRESS] * 3 + [_COUNT] * 3 + [_THREADS],
-    "gather_images": [_ADDRESS] * 4 + [_COUNT] * 2 + [_THREADS],
     "fan_out": [_ADDRESS] * 5 + [_COUNT] * 3 + [_THREADS],
     "pool": [_ADDRESS] * 2 + [_COUNT] * 3 + [ctypes.c_int, _THREADS],
-    "route": [_ADDRESS] * 5 + [ctypes.c_double] + [_COUNT] * 3,
+    "enter": [_ADDRESS] * 2 + [_COUNT] * 3,
+    "read": [_ADDRESS] * 4 + [_COUNT] * 5 + [_THREADS],
+    "leave": [_ADDRESS] * 8 + [ctypes.c_double] + [_COUNT] * 7 + [ctypes.c_int, _THREADS],
 }
 
 
@@ -52,6 +53,8 @@ class Kernels:
             for dtype in self.dtypes:
                 function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
                 function.argtypes = arguments
+                if name == "enter":
+                    function.restype = _COUNT
                 self._functions[name, dtype] = function
 
     def gather(self, out: Tensor, sources: Sequence[Tensor], weights: Tensor) -> None:
@@ -61,18 +64,6 @@ class Kernels:
         function(
             out.data_ptr(), _addresses(sources), weights.data_ptr(), batch, n, _length(out), torch.get_num_threads()
         )
-
-    def gather_images(self, out: Tensor, sources: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """``out[b] = sum of weight * map`` over (address of one image's map, weight) in ``sources[b]``."""
-        begin = [0]
-        for of_image in sources:
-            begin.append(begin[-1] + len(of_image))
-        addresses = (_ADDRESS * begin[-1])(*[address for of_image in sources for address, _ in of_image])
-        number = ctypes.c_double if out.dtype == torch.float64 else ctypes.c_float
-        weights = (number * begin[-1])(*[weight for of_image in sources for _, weight in of_image])
-        starts = (_COUNT * len(begin))(*begin)
-        function = self._functions["gather_images", out.dtype]
-        function(out.data_ptr(), addresses, weights, starts, len(sources), _length(out), torch.get_num_threads())
 
     def fan_out(
         self, dx: Optional[Tensor], dw: Optional[Tensor], gradients: Sequence[Tensor], x: Tensor, weights: Tensor
@@ -91,21 +82,73 @@ class Kernels:
         sizes = (batch, channels, height * width, channels_last, torch.get_num_threads())
         self._functions["pool", x.dtype](out.data_ptr(), x.data_ptr(), *sizes)
 
-    def route(
-        self, means: Tensor, weight: Tensor, bias: Tensor, scale: Optional[Tensor], threshold: float
-    ) -> list[list[float]]:
-        """Edge weights of every image (Eqs. 4 and 5): (batch, channels) -> (batch, edges), closed ones exactly 0.
+    def graph(self, dtype: torch.dtype, batch: int, nodes: int) -> "Graph":
+        """For sparse execution of a stage; ``dtype`` is that of the maps."""
+        return Graph(*(self._functions[name, dtype] for name in ("enter", "read", "leave")), dtype, batch, nodes)
 
-        All tensors are contiguous and of one type; weight: (edges, channels), bias and scale: (edges,).
+
+class Graph:
+    """The wiring of a batch in a stage of which the nodes run in order, and where their maps lie.
+
+    Attributes:
+        alpha: (batch, nodes, nodes), [source, target]; 0 where an edge is closed or its source was removed.
+    """
+
+    def __init__(self, enter: Any, read: Any, leave: Any, dtype: torch.dtype, batch: int, nodes: int) -> None:
+        self._enter, self._read, self._leave = enter, read, leave
+        self.batch, self.nodes = batch, nodes
+        self.alpha = torch.zeros(batch, nodes, nodes, dtype=sum_dtype(dtype), device="cpu")
+        self._alpha = self.alpha.data_ptr()
+        self._maps = (_ADDRESS * (nodes * batch))()
+        self._images = (_COUNT * batch)(*range(batch))
+
+    @property
+    def images(self) -> list[int]:
+        """Those of the node that was entered last, as many as :meth:`enter` said; at first all."""
+        return list(self._images)
+
+    def everyone(self) -> None:
+        """As if all images had an open edge into the node that comes next."""
+        self._images = (_COUNT * self.batch)(*range(self.batch))
+
+    def enter(self, target: int) -> int:
+        """How many images have an open edge into a node."""
+        count: int = self._enter(self._images, self._alpha, self.batch, self.nodes, target)
+        return count
+
+    def read(self, z: Tensor, target: int, instead: Optional[Tensor] = None) -> None:
+        """``z[k]`` = what the edges into a node carry for the k-th image that was entered.
+
+        ``instead``: (batch, ...) what node 0's edge carries in place of its feature.
         """
-        batch, channels = means.shape
-        n = len(weight)
-        number = ctypes.c_double if means.dtype == torch.float64 else ctypes.c_float
-        out = (number * (batch * n))()
-        into = (out, means.data_ptr(), weight.data_ptr(), bias.data_ptr(), None if scale is None else scale.data_ptr())
-        self._functions["route", means.dtype](*into, threshold, batch, channels, n)
-        rows = list(out)
-        return [rows[b * n : (b + 1) * n] for b in range(batch)]
+        maps, length = self._maps, _length(z)
+        if instead is not None:
+            first, step = instead.data_ptr(), _length(instead) * instead.element_size()
+            maps = (_ADDRESS * self.batch)(*[first + b * step for b in range(self.batch)])
+        sizes = (len(z), self.batch, self.nodes, target, length, torch.get_num_threads())
+        self._read(z.data_ptr(), maps, self._alpha, self._images, *sizes)
+
+    def leave(
+        self, node: int, maps: Tensor, channels_last: bool, targets: Sequence[int],
+        weights: Optional[tuple[Tensor, Tensor, Optional[Tensor], float]] = None,
+    ) -> None:  # fmt: skip
+        """A node has run for the images that were entered: (images, channels, height, width).
+
+        ``weights``: weight, bias, scale (or None) and threshold of its router, by which its edges are weighed (Eqs. 4
+        and 5), contiguous and of the maps' type; without it they are for the caller to set in ``alpha``.
+        """
+        count, channels, height, width = maps.shape
+        threshold, parameters = 0.0, (None, None, None)
+        if weights is not None:
+            weight, bias, scale, threshold = weights
+            parameters = (weight.data_ptr(), bias.data_ptr(), None if scale is None else scale.data_ptr())
+        failed = self._leave(
+            self._maps, self._alpha, self._images, maps.data_ptr(), *parameters, (_COUNT * len(targets))(*targets),
+            threshold, node, count, self.batch, self.nodes, channels, height * width, len(targets),
+            channels_last, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the means of a node's channels; use a smaller batch")
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -71,6 +71,11 @@ class Router(nn.Module):
         """
         return self.row(edge_weights(self.logits_of(pooled), self.scale, self.tau(), reached))
 
+    def uncut(self, pooled: Tensor) -> Tensor:
+        """Weights that no threshold cuts: (batch, channels) -> (batch, edges)."""
+        weight = torch.sigmoid(self.logits_of(pooled))
+        return weight if self.scale is None else weight * self.scale
+
     def row(self, values: Tensor) -> Tensor:
         """A number for each edge -> one for each later node: (batch, edges) -> (batch, out-degree)."""
         if len(self.targets) == self.out_degree:

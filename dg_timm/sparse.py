@@ -6,14 +6,16 @@ nothing to differentiate, trace or export.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import aggregation, map_memory
+from dg_timm.cpu_kernels import Kernels
 from dg_timm.router import Router
 
 
@@ -47,24 +49,6 @@ class NoGradient(torch.autograd.Function):
         raise RuntimeError("sparse execution has no gradients; dg_timm.set_execution(model, 'dense') for them")
 
 
-Edges = list[list[tuple[int, float]]]  # of an image: (source node, weight) of its open edges into one node
-
-
-class Feature:
-    """Maps of one node, of the images that ran it.
-
-    Attributes:
-        maps: (images that ran, channels, height, width).
-        place: of every image of the batch its index in ``maps``; -1 where the node was removed.
-        rows: of every image in ``maps`` the weights of the edges that leave the node, by target.
-        address, step: of the first image's map in memory, and from one to the next, in bytes.
-    """
-
-    def __init__(self, maps: Tensor, place: list[int], rows: list[list[float]]) -> None:
-        self.maps, self.place, self.rows = maps, place, rows
-        self.address, self.step = maps.data_ptr(), maps.stride(0) * maps.element_size()
-
-
 def run(
     x: Tensor,
     node0: Tensor,
@@ -86,105 +70,148 @@ def run(
     Returns:
         (batch, C, H', W').
     """
-    everyone = list(range(len(x)))
     x, node0 = aggregation.alike([x], x)[0], aggregation.alike([node0], node0)[0]
-    nodes = [Feature(node0, everyone, rows_of(routers[0], node0))]
+    kernels = aggregation.kernels_for(node0) if node0.device.type == "cpu" else None
+    graph = _ByTorch(node0, len(blocks) + 2) if kernels is None else _ByKernels(kernels, node0, len(blocks) + 2)
+    graph.leave(0, node0, routers[0])
     for target, block in enumerate(blocks, start=1):
-        edges = open_edges(nodes, target, len(x))
-        images = [b for b in everyone if edges[b]]
-        if not images:
-            nodes.append(Feature(node0[:0], [-1] * len(x), []))
+        if not graph.enter(target):
             continue
-        first = target == 1 and reads_input
-        z = combine([Feature(x, everyone, [])] if first else nodes, edges, images)
-        out = block(z, combine(nodes, edges, images)) if target == 1 and takes_shortcut else block(z)
-        place = [-1] * len(x)
-        for k, b in enumerate(images):
-            place[b] = k
-        out = aggregation.alike([out], node0)[0]
-        nodes.append(Feature(out, place, rows_of(routers[target], out)))
-    return combine(nodes, open_edges(nodes, len(blocks) + 1, len(x)), everyone)
+        refuse_batch_statistics(block)
+        z = graph.read(target, x) if target == 1 and reads_input else graph.read(target)
+        out = block(z, graph.read(target)) if target == 1 and takes_shortcut else block(z)
+        graph.leave(target, aggregation.alike([out], node0)[0], routers[target])
+    return graph.output()
 
 
-def rows_of(router: Callable[[Tensor], Tensor], maps: Tensor) -> list[list[float]]:
-    """Weights of the edges that leave a node, of every image; by one call where the router is the plain one."""
-    means = aggregation.pooled(maps)
-    kernels = aggregation.kernels_for(means) if means.device.type == "cpu" else None
-    if kernels is None or not _is_plain(router, means.dtype):
-        rows: list[list[float]] = router(means).tolist()
-        return rows
-    assert isinstance(router, Router)
-    fixed = router.fixed_threshold
-    threshold = router.threshold.item() if fixed is None else fixed
-    found: list[list[float]] = kernels.route(
-        means.contiguous(), router.fc.weight, router.fc.bias, router.scale, threshold
-    )
-    if len(router.targets) == router.out_degree:
-        return found
-    places = [target - router.node - 1 for target in router.targets]
-    return [[row[places.index(k)] if k in places else 0.0 for k in range(router.out_degree)] for row in found]
+def refuse_batch_statistics(module: nn.Module) -> None:
+    """A norm that averages over the batch would see a part of it; RuntimeError if there is one.
+
+    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
+    """
+    rest: list[Optional[nn.Module]] = [module]
+    while rest:
+        found = rest.pop()
+        if isinstance(found, _NormBase):
+            if found.training or found.running_mean is None:
+                raise RuntimeError(
+                    f"sparse execution runs a block for a part of the batch, and a {type(found).__name__} of this "
+                    "stage would take its statistics: call model.eval(), or dg_timm.set_execution(model, 'dense')"
+                )
+        elif found is not None and found._modules:
+            rest.extend(found._modules.values())
 
 
-def _is_plain(router: Any, dtype: torch.dtype) -> bool:
+class _ByKernels:
+    """The wiring of a batch, where :class:`dg_timm.cpu_kernels.Graph` keeps and reads it."""
+
+    def __init__(self, kernels: Kernels, node0: Tensor, nodes: int) -> None:
+        self.like, self.batch, self.nodes = node0, len(node0), nodes
+        self.channels_last = not node0.is_contiguous()
+        self.graph = kernels.graph(node0.dtype, self.batch, nodes)
+        self.count = self.batch
+        self.maps: list[Tensor] = []  # kept, as their addresses are
+
+    def enter(self, target: int) -> int:
+        """For how many images the block runs; the next calls are about these."""
+        self.count = self.graph.enter(target)
+        return self.count
+
+    def read(self, target: int, instead: Optional[Tensor] = None) -> Tensor:
+        """Eq. 3: what the block reads; ``instead``: what node 0's edge carries in place of its feature."""
+        z = map_memory.empty_like(self.like if instead is None else instead, self.count)
+        self.graph.read(z, target, instead)
+        return z
+
+    def leave(self, node: int, maps: Tensor, router: Callable[[Tensor], Tensor]) -> None:
+        """The block has run, and its router weighs the edges that leave it."""
+        self.maps.append(maps)
+        if _is_plain(router, maps.dtype):
+            fixed = router.fixed_threshold
+            fc = router.fc
+            threshold = router.threshold.item() if fixed is None else fixed
+            weights = (fc.weight, fc.bias, router.scale, threshold)
+            self.graph.leave(node, maps, self.channels_last, router.targets, weights)
+        else:
+            self.graph.leave(node, maps, self.channels_last, [])
+            row = router(aggregation.pooled(maps)).to(self.graph.alpha.dtype)
+            self.graph.alpha[self.graph.images[: self.count], node, node + 1 :] = row
+
+    def output(self) -> Tensor:
+        """What the last node gathers, for every image; zeros for one without an open edge."""
+        z = map_memory.empty_like(self.like)
+        self.graph.everyone()
+        self.graph.read(z, self.nodes - 1)
+        return z
+
+
+def _is_plain(router: Any, dtype: torch.dtype) -> TypeGuard[Router]:
     """Whether nothing but its parameters decides what a router gives."""
+    if type(router) is not Router or not router.is_instance_aware:
+        return False
+    fc = router.fc
     return (
-        type(router) is Router
-        and router.is_instance_aware
-        and dtype in (torch.float32, torch.float64)  # others round between the steps
-        and router.fc.weight.dtype == dtype
-        and router.fc.weight.is_contiguous()
-        and not (router._forward_hooks or router._forward_pre_hooks or router.fc._forward_hooks)
+        dtype in (torch.float32, torch.float64)  # others round between the steps
+        and fc.weight.dtype == dtype
+        and fc.weight.is_contiguous()
+        and not (router._forward_hooks or router._forward_pre_hooks or fc._forward_hooks)
     )
 
 
-def open_edges(nodes: Sequence[Feature], target: int, batch: int) -> Edges:
-    """Of every image the open edges into a node."""
-    edges: Edges = [[] for _ in range(batch)]
-    for source, node in enumerate(nodes):
-        for image, k in enumerate(node.place):
-            weight = node.rows[k][target - 1 - source] if k >= 0 else 0.0
-            if weight != 0.0:
-                edges[image].append((source, weight))
-    return edges
+class _ByTorch:
+    """As :class:`_ByKernels`, by PyTorch's operations on any device; the wiring is read back to the CPU."""
+
+    def __init__(self, node0: Tensor, nodes: int) -> None:
+        self.batch, self.nodes = len(node0), nodes
+        self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=torch.float64)
+        self.maps: list[Optional[Tensor]] = [None] * nodes
+        self.place: list[dict[int, int]] = [{} for _ in range(nodes)]  # of an image, in a node's maps
+        self.images = list(range(self.batch))
+
+    def enter(self, target: int) -> int:
+        is_open = (self.alpha[:, :target, target] != 0).any(1)
+        self.images = is_open.nonzero().flatten().tolist()
+        return len(self.images)
+
+    def leave(self, node: int, maps: Tensor, router: Callable[[Tensor], Tensor]) -> None:
+        self.maps[node] = maps
+        self.place[node] = {image: k for k, image in enumerate(self.images)}
+        self.alpha[self.images, node, node + 1 :] = router(aggregation.pooled(maps)).to("cpu", torch.float64)
+
+    def read(self, target: int, instead: Optional[Tensor] = None) -> Tensor:
+        maps, place = list(self.maps), list(self.place)
+        if instead is not None:
+            maps[0], place[0] = instead, {image: image for image in range(self.batch)}
+        assert maps[0] is not None
+        z = map_memory.empty_like(maps[0], len(self.images)).zero_()
+        add = _by_image if z.device.type == "cpu" else _by_source
+        for source in range(target):
+            weights = self.alpha[self.images, source, target].tolist()
+            read = [
+                (k, place[source][b], w) for k, (b, w) in enumerate(zip(self.images, weights, strict=True)) if w != 0
+            ]
+            own = maps[source]
+            if read and own is not None:
+                add(z, own, read)
+        return z
+
+    def output(self) -> Tensor:
+        self.images = list(range(self.batch))
+        return self.read(self.nodes - 1)
 
 
-def combine(nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> Tensor:
-    """Eq. 3 for some images: (len(images), C, H, W); zeros for one without an open edge."""
-    z = map_memory.empty_like(nodes[0].maps, len(images))
-    kernels = aggregation.kernels_for(z) if z.device.type == "cpu" else None
-    if kernels is not None:
-        kernels.gather_images(
-            z,
-            [
-                [(nodes[s].address + nodes[s].place[image] * nodes[s].step, weight) for s, weight in edges[image]]
-                for image in images
-            ],
-        )
-    else:
-        (by_image if z.device.type == "cpu" else by_source)(z, nodes, edges, images)
-    return z
+Read = list[tuple[int, int, float]]  # image of z, image of a source's maps, weight
 
 
-def by_image(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:
-    """One image after another: its sum stays in the cache while its sources are read, without a copy."""
-    for out, image in zip(z.unbind(0), images, strict=True):
-        out.zero_()
-        for source, weight in edges[image]:
-            out.add_(nodes[source].maps[nodes[source].place[image]], alpha=weight)
+def _by_image(z: Tensor, maps: Tensor, read: Read) -> None:
+    for to, place, weight in read:
+        z[to].add_(maps[place], alpha=weight)
 
 
-def by_source(z: Tensor, nodes: Sequence[Feature], edges: Edges, images: Sequence[int]) -> None:
-    """One source after another, in few large steps: for devices where every step costs a launch."""
-    z.zero_()
-    for source, node in enumerate(nodes):
-        read = [
-            (k, node.place[image], weight)
-            for k, image in enumerate(images)
-            for origin, weight in edges[image]
-            if origin == source
-        ]
-        if read:
-            to, place, weights = zip(*read, strict=True)
-            maps = node.maps.index_select(0, torch.tensor(place, device=z.device))
-            scaled = maps * torch.tensor(weights, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1)
-            z.index_add_(0, torch.tensor(to, device=z.device), scaled)
+def _by_source(z: Tensor, maps: Tensor, read: Read) -> None:
+    """All images of a source at once: for devices where every step costs a launch."""
+    to, place, weights = zip(*read, strict=True)
+    scale = torch.tensor(weights, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1)
+    z.index_add_(
+        0, torch.tensor(to, device=z.device), maps.index_select(0, torch.tensor(place, device=z.device)) * scale
+    )

@@ -1,6 +1,5 @@
 """One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
 
-from collections.abc import Iterator
 from typing import Dict, List, Optional, Union
 
 import torch
@@ -11,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from dg_timm import aggregation, cpu_kernels, graph
 from dg_timm import blocks as _blocks
 from dg_timm import sparse as _sparse
+from dg_timm.gates import Gates
 from dg_timm.router import Router
 from dg_timm.stages import StagePlan
 
@@ -64,6 +64,7 @@ class DGStage(nn.Module):
         self.block_shortcut = block_shortcut
         self.instance_aware = instance_aware
         self.grad_checkpointing = False
+        self.gates: Optional[Gates] = None  # while a cost is learned (dg_timm.budget)
         self.execution = "dense"  # set_execution
         self.edges = wiring or graph.complete(len(plan.blocks))  # the sources of every node
         self.wiring = self.edges  # ... that are read; fewer in static execution
@@ -190,12 +191,6 @@ class DGStage(nn.Module):
             )
         if x.is_meta:  # only shapes are asked for
             return self.dense(x)
-        for norm in _norms(self):
-            if norm.training or norm.running_mean is None:
-                raise RuntimeError(
-                    f"sparse execution runs a block for a part of the batch, and a {type(norm).__name__} of this "
-                    "stage would take its statistics: call model.eval(), or dg_timm.set_execution(model, 'dense')"
-                )
         with torch.no_grad():
             pieces = self.pieces(x)
             out = (
@@ -207,15 +202,18 @@ class DGStage(nn.Module):
         return out if learning is None else _sparse.NoGradient.apply(learning, out)
 
     def _sparse(self, source: Tensor) -> Tensor:
-        for child in self[: self.num_entry]:  # type: ignore[union-attr]
+        for child in self[: self.num_entry] if self.num_entry else ():  # type: ignore[union-attr]
+            _sparse.refuse_batch_statistics(child)
             source = child(source)
-        blocks = [self.get_submodule(name) for name in self.block_names]
+        blocks = [self._modules[name] for name in self.block_names]
         node0, reads_input, takes_shortcut = source, False, False
-        if hasattr(self, "projection"):
+        if "projection" in self._modules:
+            _sparse.refuse_batch_statistics(self.projection)
             node0, reads_input = self.projection(source), True
         elif hasattr(blocks[0], "projects_shortcut"):
-            node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore[operator]
-        routers = [self.get_submodule(f"router{node}") for node in range(len(blocks) + 1)]
+            _sparse.refuse_batch_statistics(blocks[0].downsample)  # type: ignore[union-attr]
+            node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore
+        routers = [self._modules[f"router{node}"] for node in range(len(blocks) + 1)]
         return _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -238,7 +236,10 @@ class DGStage(nn.Module):
                     edges.append([node])
                 else:
                     node, pooled = aggregation.pool(node, fused)
-                    rows.append(child(pooled) if len(rows) == 0 else child(pooled, graph.reached(weights)))
+                    if not torch.jit.is_scripting() and self.gates is not None:
+                        rows.append(self.gates.leave(child, pooled))
+                    else:
+                        rows.append(child(pooled) if len(rows) == 0 else child(pooled, graph.reached(weights)))
                     edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))  # type: ignore[arg-type]
             elif hasattr(child, "projects_input"):
                 node, projected = child(x), True
@@ -248,6 +249,8 @@ class DGStage(nn.Module):
             elif len(self.wiring[len(rows)]) > 0:
                 target = len(rows)
                 weights = graph.column(rows, target, self.wiring[target])
+                if not torch.jit.is_scripting() and self.gates is not None:
+                    weights = self.gates.enter(weights, target, self.wiring[target])
                 sources = graph.carried(edges, target, self.wiring[target])
                 shortcut: Optional[Tensor] = None
                 if target == 1 and projected:
@@ -295,20 +298,6 @@ class DGStage(nn.Module):
     def is_complete(self) -> bool:
         """Whether there is an edge between any two nodes."""
         return self.edges == graph.complete(len(self.block_names))
-
-
-def _norms(module: nn.Module) -> Iterator[_NormBase]:
-    """Norms that average over the batch in training mode, or always, if they have no running statistics.
-
-    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
-    """
-    rest: list[Optional[nn.Module]] = [module]
-    while rest:
-        found = rest.pop()
-        if isinstance(found, _NormBase):
-            yield found
-        elif found is not None:
-            rest.extend(found._modules.values())
 
 
 def _sees_the_batch(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ def close_at_random(module: nn.Module, openness: float) -> None:
 def test_equals_dense(kind, num_blocks, batch, openness, by, monkeypatch):
     if by != "kernels":
         monkeypatch.setattr(aggregation, "kernels_for", lambda like: None)
-        monkeypatch.setattr(sparse, "by_image", getattr(sparse, by))
+        monkeypatch.setattr(sparse, "_by_image", getattr(sparse, f"_{by}"))
     for seed in range(3):
         torch.manual_seed(seed)
         stage, x = make_stage(kind, num_blocks), images(kind, batch)
@@ -263,19 +263,24 @@ def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, wiring, mo
             parameter.copy_(torch.randn_like(parameter))
         router.threshold.fill_(0.5)
     maps = torch.randn(3, 37, 5, 5, dtype=dtype)
+
+    def weighed():
+        graph = sparse._ByKernels(aggregation.kernels_for(maps), maps, len(wiring))
+        graph.leave(0, maps, router)
+        return graph.graph.alpha[:, 0, 1:]
+
     for fixed in (None, 0.0, 0.3):
         router.fixed_threshold = fixed
         wanted = router(maps.mean((2, 3)))
         assert fixed == 0.0 or (wanted == 0).any()
         called = []
         handle = router.register_forward_pre_hook(lambda *_, seen=called: seen.append(1))
-        hooked = sparse.rows_of(router, maps)  # somebody watches the router: it is called
+        hooked = weighed()  # somebody watches the router: it is called
         handle.remove()
         assert called == [1]
         monkeypatch.setattr(Router, "forward", lambda *_: pytest.fail("the router was called"))
-        rows = sparse.rows_of(router, maps)
+        rows = weighed()
         monkeypatch.undo()
         for found in (rows, hooked):
-            found = torch.tensor(found, dtype=dtype)
             assert torch.allclose(found, wanted, atol=1e-6)
             assert torch.equal(found == 0, wanted == 0)

@@ -329,12 +329,24 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEACHER",
         help="learn a teacher's logits; alone: those of the static network that --model was converted from; none: none",
     )
+    flag(
+        loss,
+        "--fix-thresholds",
+        False,
+        "leave the thresholds of a graph as they are: of a fresh network nothing closes",
+    )
     loss.add_argument("--target-cost", type=share, help="mean cost of an image, relative to the static network, that a "
                       "dynamic one learns to keep to by closing edges")  # fmt: skip
-    loss.add_argument("--cost-weight", type=amount, default=10.0, help="of the squared distance from --target-cost")
+    loss.add_argument(
+        "--cost-weight", type=amount, default=30.0, help="of the squared distance by which the cost is above the target"
+    )
     loss.add_argument(
         "--cost-ramp", type=share, default=0.5, help="part of the training over which the target comes down"
     )
+    loss.add_argument(
+        "--cost-noise", type=amount, default=1.0, help="of the decisions which blocks run, at the start of the training"
+    )
+    loss.add_argument("--cost-quiet", type=share, default=0.7, help="part of the training after which it is gone")
     flag(loss, "--skippable", False, "start an identity conversion so that one router's decision skips a block")
     loss.add_argument("--distill-weight", type=share, default=0.5, help="share of the loss")
     loss.add_argument("--distill-temperature", type=above_zero, default=1.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dg_timm import zoo
 from dg_timm.card import Card
-from dg_timm.checkpoint import graph_stages, is_identity, is_static
+from dg_timm.checkpoint import graph_stages, is_identity, is_static, routers
 from dg_timm.hub import save_pretrained, write_config
 from dg_timm.stage import GRAPH_OPTIONS
 
@@ -195,12 +195,13 @@ def scale_classifier(model: nn.Module, factor: float) -> None:
         parameter.mul_(0.0 if name.endswith("bias") else factor)
 
 
-def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
+def freeze(model: nn.Module, what: str, new_classifier: bool, thresholds: bool = False) -> list[str]:
     """Stop parameters from learning.
 
     Args:
         what: ``none``; ``backbone`` (all but the classifier); ``all-but-graph`` (all but routers, scales, thresholds
             and projections, and a classifier that is new).
+        thresholds: also those of the graph.
 
     Returns:
         the names of what still learns.
@@ -213,6 +214,9 @@ def freeze(model: nn.Module, what: str, new_classifier: bool) -> list[str]:
             parameter.requires_grad_(id(parameter) in classifier)
         elif what == "all-but-graph":
             parameter.requires_grad_(not is_static([name]) or (new_classifier and id(parameter) in classifier))
+    if thresholds:
+        for router in routers(model).values():
+            router.threshold.requires_grad_(False)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -22,10 +23,10 @@ class Losses(NamedTuple):
 
 
 class CostTarget:
-    """Another objective, and a price on the distance of the mean cost of a batch from a target: ``(cost - target)^2``.
+    """Another objective, and a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
 
     It shows ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be cheap at
-    once closes whatever closes fastest.
+    once closes whatever closes fastest. Over the same time and longer the gates are noisy (:mod:`dg_timm.gates`).
 
     Args:
         objective: that of the task.
@@ -33,6 +34,9 @@ class CostTarget:
         target: mean cost relative to the static network, 0..1.
         weight: of the squared distance.
         ramp: updates until the target is in force.
+        noise: of the gates at the first update (:meth:`dg_timm.budget.ExpectedCost.recording`).
+        quiet: update from which on there is no noise.
+        seed: of the noise.
     """
 
     def __init__(
@@ -41,23 +45,32 @@ class CostTarget:
         expected: ExpectedCost,
         *,
         target: float,
-        weight: float = 10.0,
+        weight: float = 30.0,
         ramp: int = 0,
+        noise: float = 0.0,
+        quiet: int = 0,
+        seed: int = 0,
     ) -> None:
         self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
+        self.noise, self.quiet, self.seed = noise, quiet, seed
 
     def target_at(self, update: int) -> float:
         """The target in force for an update, counted from 0."""
         return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
 
+    def noise_at(self, update: int) -> float:
+        """The scale of the noise for an update, counted from 0."""
+        return 0.0 if update >= self.quiet else self.noise * (1 - update / self.quiet)
+
     def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
         """Losses of a batch; ``update`` counts from 0."""
-        with self.expected.recording() as costs:
+        (seed,) = np.random.SeedSequence((self.seed, update, *others)).generate_state(1)
+        with self.expected.recording(self.noise_at(update), int(seed)) as costs:
             losses = self.objective(model, batch, update, *others)
         cost = costs()
         counted = batch.weights.sum().clamp(min=1)
-        distance = (cost * batch.weights).sum() / counted - self.target_at(update)
-        return Losses(losses.loss + self.weight * distance.square(), {**losses.shown, "cost": cost.detach()})
+        above = (cost * batch.weights).sum() / counted - self.target_at(update)
+        return Losses(losses.loss + self.weight * above.clamp(min=0).square(), {**losses.shown, "cost": cost.detach()})
 
 
 class Classification:

@@ -11,6 +11,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from dg_timm.budget import ExpectedCost, make_skippable
+from dg_timm.checkpoint import routers
+from dg_timm.gates import START_THRESHOLD
 from dg_timm.training import models, optimization
 from dg_timm.training.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
 from dg_timm.training.objective import Classification, CostTarget
@@ -153,7 +155,8 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     own_classifier = models.same_classifier(model, args.model, args.initial_checkpoint, args.pretrained)
     if args.head_init_scale != 1 and not own_classifier:
         models.scale_classifier(model, args.head_init_scale)
-    learning = models.freeze(model, args.freeze, not own_classifier)
+    fixed = args.fix_thresholds or args.target_cost is not None  # gates move weights, not thresholds
+    learning = models.freeze(model, args.freeze, not own_classifier, thresholds=fixed)
     data_config = data_config_of(model, args)
     teacher = None
     if args.distill not in (None, "none"):
@@ -204,9 +207,19 @@ def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -
         return network.objective
     if args.compile:
         raise ValueError("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
-    expected = ExpectedCost(network.model, network.data_config["input_size"])
-    ramp = round(args.cost_ramp * updates)
-    return CostTarget(network.objective, expected, target=args.target_cost, weight=args.cost_weight, ramp=ramp)
+    for router in routers(network.model).values():
+        with torch.no_grad():
+            router.threshold.clamp_(min=START_THRESHOLD)
+    return CostTarget(
+        network.objective,
+        ExpectedCost(network.model, network.data_config["input_size"]),
+        target=args.target_cost,
+        weight=args.cost_weight,
+        ramp=round(args.cost_ramp * updates),
+        noise=args.cost_noise,
+        quiet=round(args.cost_quiet * updates),
+        seed=args.seed,
+    )
 
 
 def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:

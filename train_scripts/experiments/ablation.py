@@ -22,9 +22,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {  # title, options of the 
     "alpha": ("alpha: learned weights, the same for all images", {"instance_aware": False}),
     "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}),
     "paper": ("... and without edge scales: the paper to the letter", {"block_shortcut": False, "edge_scale": False}),
-    "er": ("ER(0.2), weights the same for all images", {"wiring": "er", "instance_aware": False}),
+    "ws": ("WS(4, 0.75), weights the same for all images", {"wiring": "ws", "instance_aware": False}),
+    "er": ("ER(0.2), the same", {"wiring": "er", "instance_aware": False}),
     "ba": ("BA(5), the same", {"wiring": "ba", "instance_aware": False}),
-    "ws": ("WS(4, 0.75), the same", {"wiring": "ws", "instance_aware": False}),
+    "er_open": ("ER(0.2), no threshold learns", {"wiring": "er", "instance_aware": False}),
+    "ba_open": ("BA(5), no threshold learns", {"wiring": "ba", "instance_aware": False}),
     "ws_b": ("WS(4, 0.75), weights for each image", {"wiring": "ws"}),
 }
 
@@ -37,7 +39,8 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
             kwargs = dict(VARIANTS[name][1])
             if "wiring" in kwargs:
                 kwargs["wiring_seed"] = seed
-            options = {"recipe": recipe, "model": STATIC if name == "static" else f"dg_{STATIC}"}
+            options: dict[str, Any] = {"recipe": recipe, "model": STATIC if name == "static" else f"dg_{STATIC}"}
+            options |= {"fix-thresholds": True} if name.endswith("_open") else {}
             found.append(Cell(name, options | ({"model-kwargs": kwargs} if kwargs else {}), seed))
     return found
 

@@ -13,7 +13,7 @@ Writes ``budgets.csv`` (without times), ``times.csv``, ``budgets.md`` and ``budg
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,35 @@ DEEPEST = "cifar_resnet26"
 DYNAMIC = f"dg_{DEEPEST}"
 NAMES = (DYNAMIC, DEEPEST, "cifar_resnet20", "cifar_resnet14", "cifar_resnet8", "skip")
 TIMED = (1, 32)
+GRAPH = {"model-kwargs": {"block_shortcut": False}}  # of the dynamic network: the better one in ablation.py
 Row = dict[str, Any]
 
 
-def cells(names: Sequence[str], seed: int, target: float, full: bool) -> list[Cell]:
-    """Of every network a cell at 16 px and one at 32 px that starts from it; in full, one at 32 px alone."""
+def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool) -> list[Cell]:
+    """Of every network a cell at 16 px and one at 32 px that starts from it; in full, one at 32 px alone.
+
+    The dynamic network stands once for each target, and learns to close at 16 px.
+    """
     found: list[Cell] = []
-    for name in names:
-        model = DEEPEST if name == "skip" else name
-        own = {"target-cost": target, "cost-weight": 30} if name == DYNAMIC else {}
-        own |= {"drop-path": 0.2} if name == "skip" else {}
+
+    def add(name: str, model: str, first: Mapping[str, Any], second: Mapping[str, Any], start: str) -> None:
         if full:
-            found.append(Cell(name, {"recipe": "cifar10_full", "model": model, **own}, seed))
-            continue
-        first = Cell(f"{name}-16px", {"recipe": "cifar10_16px", "model": model}, seed)
-        if name == "skip":  # learns to be skipped in the second part, as the dynamic network learns to close
-            first = next(
-                (cell for cell in found if cell.name == f"{DEEPEST}-16px"), Cell(f"{DEEPEST}-16px", first.options, seed)
-            )
-        found += [cell for cell in (first,) if cell not in found]
-        found.append(Cell(name, {"recipe": "cifar10_32px", "model": model, **own}, seed, first))
+            found.append(Cell(name, {"recipe": "cifar10_full", "model": model, **first, **second}, seed))
+            return
+        small = Cell(f"{start}-16px", {"recipe": "cifar10_16px", "model": model, **first}, seed)
+        found.extend(cell for cell in (small,) if cell not in found)
+        found.append(Cell(name, {"recipe": "cifar10_32px", "model": model, **second}, seed, small))
+
+    for name in names:
+        if name == DYNAMIC:
+            for target in targets:
+                own = f"{DYNAMIC}-{target:g}"
+                learned = {} if full else {"cost-ramp": 0, "cost-noise": 0}
+                add(own, DYNAMIC, {"target-cost": target, **GRAPH}, {"target-cost": target, **learned}, own)
+        elif name == "skip":
+            add(name, DEEPEST, {}, {"drop-path": 0.2}, DEEPEST)
+        else:
+            add(name, name, {}, {}, name)
     return found
 
 
@@ -83,7 +92,7 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
     whole = dg_timm.complexity(static, size).convolutions
     contestants: dict[tuple[str, str], nn.Module] = {}
     for name, model in loaded.items():
-        if name == DYNAMIC:
+        if name.startswith(DYNAMIC):
             chosen = calibrate.thresholds_of(model, batches[0].images, args.points)
             contestants |= {(name, key): m for key, m in calibrate.variants(model, chosen, refit).items()}
         elif name == "skip":
@@ -95,12 +104,12 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for (name, point), model in contestants.items():
         top1, costs = calibrate.predict(model, batches)
-        cost = costs.mean().item() if name == DYNAMIC else dg_timm.complexity(model, size).convolutions / whole
+        cost = costs.mean().item() if name.startswith(DYNAMIC) else dg_timm.complexity(model, size).convolutions / whole
         rows.append(
             {"network": name, "point": point, "top1": round(top1, 2), "cost": round(cost, 4),
              "spread": round(costs.std(unbiased=False).item(), 4)}
         )  # fmt: skip
-        if name == DYNAMIC:
+        if name.startswith(DYNAMIC):
             dg_timm.set_execution(model, "sparse")
     images = torch.cat([batch.images for batch in batches])
     for batch_size in TIMED:
@@ -157,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "budgets")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--target-cost", type=float, default=0.4)
+    parser.add_argument("--target-cost", type=float, nargs="+", default=[0.5, 0.4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", type=int, default=8, help="thresholds of the dynamic network")
     parser.add_argument("--rounds", type=int, default=9, help="of timing")
