@@ -84,7 +84,8 @@ class Kernels:
 
     def graph(self, dtype: torch.dtype, batch: int, nodes: int) -> "Graph":
         """For sparse execution of a stage; ``dtype`` is that of the maps."""
-        return Graph(*(self._functions[name, dtype] for name in ("enter", "read", "leave")), dtype, batch, nodes)
+        functions = {name: self._functions[name, dtype] for name in ("enter", "read", "leave")}
+        return Graph(functions, dtype, batch, nodes)
 
 
 class Graph:
@@ -94,8 +95,8 @@ class Graph:
         alpha: (batch, nodes, nodes), [source, target]; 0 where an edge is closed or its source was removed.
     """
 
-    def __init__(self, enter: Any, read: Any, leave: Any, dtype: torch.dtype, batch: int, nodes: int) -> None:
-        self._enter, self._read, self._leave = enter, read, leave
+    def __init__(self, functions: dict[str, Any], dtype: torch.dtype, batch: int, nodes: int) -> None:
+        self._enter, self._read, self._leave = functions["enter"], functions["read"], functions["leave"]
         self.batch, self.nodes = batch, nodes
         self.alpha = torch.zeros(batch, nodes, nodes, dtype=sum_dtype(dtype), device="cpu")
         self._alpha = self.alpha.data_ptr()
@@ -138,10 +139,10 @@ class Graph:
         and 5), contiguous and of the maps' type; without it they are for the caller to set in ``alpha``.
         """
         count, channels, height, width = maps.shape
-        threshold, parameters = 0.0, (None, None, None)
+        threshold, parameters = 0.0, list[Optional[int]]([None, None, None])
         if weights is not None:
-            weight, bias, scale, threshold = weights
-            parameters = (weight.data_ptr(), bias.data_ptr(), None if scale is None else scale.data_ptr())
+            *tensors, threshold = weights
+            parameters = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         failed = self._leave(
             self._maps, self._alpha, self._images, maps.data_ptr(), *parameters, (_COUNT * len(targets))(*targets),
             threshold, node, count, self.batch, self.nodes, channels, height * width, len(targets),

@@ -1,6 +1,6 @@
 """One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
 
-from typing import Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -202,18 +202,18 @@ class DGStage(nn.Module):
         return out if learning is None else _sparse.NoGradient.apply(learning, out)
 
     def _sparse(self, source: Tensor) -> Tensor:
-        for child in self[: self.num_entry] if self.num_entry else ():  # type: ignore[union-attr]
+        children: dict[str, Any] = dict(self._modules)  # get_submodule takes as long as a small kernel
+        for child in list(children.values())[: self.num_entry]:  # they stand first
             _sparse.refuse_batch_statistics(child)
             source = child(source)
-        blocks = [self._modules[name] for name in self.block_names]
+        blocks = [children[name] for name in self.block_names]
         node0, reads_input, takes_shortcut = source, False, False
-        if "projection" in self._modules:
-            _sparse.refuse_batch_statistics(self.projection)
-            node0, reads_input = self.projection(source), True
-        elif hasattr(blocks[0], "projects_shortcut"):
-            _sparse.refuse_batch_statistics(blocks[0].downsample)  # type: ignore[union-attr]
-            node0, reads_input, takes_shortcut = blocks[0].downsample(source), True, self.block_shortcut  # type: ignore
-        routers = [self._modules[f"router{node}"] for node in range(len(blocks) + 1)]
+        if hasattr(self, "projection") or hasattr(blocks[0], "projects_shortcut"):
+            project = children["projection"] if hasattr(self, "projection") else blocks[0].downsample
+            _sparse.refuse_batch_statistics(project)
+            node0, reads_input = project(source), True
+            takes_shortcut = self.block_shortcut and not hasattr(self, "projection")
+        routers = [children[f"router{node}"] for node in range(len(blocks) + 1)]
         return _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class DGStage(nn.Module):
                 else:
                     node, pooled = aggregation.pool(node, fused)
                     if not torch.jit.is_scripting() and self.gates is not None:
-                        rows.append(self.gates.leave(child, pooled))
+                        rows.append(self.gates.leave(child, pooled))  # type: ignore[arg-type]
                     else:
                         rows.append(child(pooled) if len(rows) == 0 else child(pooled, graph.reached(weights)))
                     edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))  # type: ignore[arg-type]

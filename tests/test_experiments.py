@@ -124,10 +124,12 @@ def test_every_experiment_has_its_cells():
     assert len({cell.folder for cell in found}) == 3 * len(names)
     wired = [cell for cell in found if "wiring" in cell.options.get("model-kwargs", {})]
     assert all(cell.options["model-kwargs"]["wiring_seed"] == cell.seed for cell in wired)
-    chained = budgets.cells(budgets.NAMES, 0, 0.4, False)
-    assert len({cell.folder for cell in chained}) == len(chained) == 11
+    chained = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], False)
+    assert len({cell.folder for cell in chained}) == len(chained) == 13
     assert all(cell.start in chained for cell in chained if cell.start is not None)
-    assert all(cell.start is None for cell in budgets.cells(budgets.NAMES, 0, 0.4, True))
+    full = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], True)
+    assert all(cell.start is None for cell in full)
+    assert [cell.options.get("target-cost") for cell in full][:3] == [0.5, 0.4, None]
     weights = Path("some/weights.safetensors")
     assert {cell.options["initial-checkpoint"] for cell in finetuning.cells([0], weights, False)} == {weights}
 
@@ -151,17 +153,17 @@ def test_an_experiment_runs_and_a_rerun_of_a_cell_gives_its_csv(tmp_path):
 def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
     places = ("--output", tmp_path / "out", "--results", tmp_path / "kept")
     done = script("experiments/budgets.py", "--data", "digits", "--only", "dg_cifar_resnet26", "cifar_resnet26", "skip",
-                  "cifar_resnet8", "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
+                  "cifar_resnet8", "--target-cost", 0.5, "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "kept" / "budgets.csv")
-    assert [row["network"] for row in rows].count("dg_cifar_resnet26") == 4
+    assert [row["network"] for row in rows].count("dg_cifar_resnet26-0.5") == 4
     assert [row["network"] for row in rows].count("skip") == 4
     costs = {row["network"]: float(row["cost"]) for row in rows}
     assert costs["cifar_resnet26"] == 1.0
     assert costs["cifar_resnet8"] == pytest.approx(0.226, abs=0.01)
     assert not any("time" in key for key in rows[0])
     looked = script("experiments/paths.py", "--data", "digits", "--static", tmp_path / "out" / "cifar_resnet26-0",
-                    "--model", tmp_path / "out/dg_cifar_resnet26-0/run/checkpoints/last",
+                    "--model", tmp_path / "out/dg_cifar_resnet26-0.5-0/run/checkpoints/last",
                     "--results", tmp_path / "paths")  # fmt: skip
     assert looked.returncode == 0, looked.stdout + looked.stderr
     tenths = rows_of(tmp_path / "paths" / "difficulty.csv")

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dg_timm"
 ORDER = [
     "version", "graph", "cpu_kernels", "cuda_kernels", "map_memory", "aggregation", "router", "blocks", "stages",
-    "sparse", "stage", "checkpoint", "introspect", "complexity", "cost", "budget", "random_graphs", "convert", "wiring",
-    "card", "download", "hub", "publish", "cifar", "randwire", "zoo", "__init__",
+    "gates", "sparse", "stage", "checkpoint", "introspect", "complexity", "cost", "budget", "random_graphs", "convert",
+    "wiring", "card", "download", "hub", "publish", "cifar", "randwire", "zoo", "__init__",
 ]  # fmt: skip
 # What trains networks may use all of the package; nothing of the package uses it.
 TRAINING = [

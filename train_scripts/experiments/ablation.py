@@ -16,18 +16,24 @@ from cells import Cell, add_options, run
 from comparison import write
 
 STATIC = "cifar_resnet26"
-VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {  # title, options of the dynamic network
-    "static": ("static chain", {}),
-    "alpha_b": ("alpha_b: weights for each image", {}),
-    "alpha": ("alpha: learned weights, the same for all images", {"instance_aware": False}),
-    "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}),
-    "paper": ("... and without edge scales: the paper to the letter", {"block_shortcut": False, "edge_scale": False}),
-    "ws": ("WS(4, 0.75), weights the same for all images", {"wiring": "ws", "instance_aware": False}),
-    "er": ("ER(0.2), the same", {"wiring": "er", "instance_aware": False}),
-    "ba": ("BA(5), the same", {"wiring": "ba", "instance_aware": False}),
-    "er_open": ("ER(0.2), no threshold learns", {"wiring": "er", "instance_aware": False}),
-    "ba_open": ("BA(5), no threshold learns", {"wiring": "ba", "instance_aware": False}),
-    "ws_b": ("WS(4, 0.75), weights for each image", {"wiring": "ws"}),
+SAME: dict[str, Any] = {"instance_aware": False}  # weights are the same for all images
+VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # title, options of the graph, of train.py
+    "static": ("static chain", {}, {}),
+    "alpha_b": ("alpha_b: weights for each image", {}, {}),
+    "alpha": ("alpha: learned weights, the same for all images", SAME, {}),
+    "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}, {}),
+    "paper": (
+        "... and without edge scales: the paper to the letter",
+        {"block_shortcut": False, "edge_scale": False},
+        {},
+    ),
+    "half": ("alpha_b without shortcuts, learned to cost half", {"block_shortcut": False}, {"target-cost": 0.5}),
+    "ws": ("WS(4, 0.75), weights the same for all images", {"wiring": "ws", **SAME}, {}),
+    "ws_b": ("WS(4, 0.75), weights for each image", {"wiring": "ws"}, {}),
+    "er": ("ER(0.2), weights the same for all images", {"wiring": "er", **SAME}, {}),
+    "ba": ("BA(5), the same", {"wiring": "ba", **SAME}, {}),
+    "er_open": ("ER(0.2), and no threshold learns", {"wiring": "er", **SAME}, {"fix-thresholds": True}),
+    "ba_open": ("BA(5), and no threshold learns", {"wiring": "ba", **SAME}, {"fix-thresholds": True}),
 }
 
 
@@ -36,11 +42,13 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
     found = []
     for seed in seeds:
         for name in names:
-            kwargs = dict(VARIANTS[name][1])
-            if "wiring" in kwargs:
-                kwargs["wiring_seed"] = seed
-            options: dict[str, Any] = {"recipe": recipe, "model": STATIC if name == "static" else f"dg_{STATIC}"}
-            options |= {"fix-thresholds": True} if name.endswith("_open") else {}
+            _, graph, more = VARIANTS[name]
+            kwargs = {**graph, "wiring_seed": seed} if "wiring" in graph else dict(graph)
+            options: dict[str, Any] = {
+                "recipe": recipe,
+                "model": STATIC if name == "static" else f"dg_{STATIC}",
+                **more,
+            }
             found.append(Cell(name, options | ({"model-kwargs": kwargs} if kwargs else {}), seed))
     return found
 
@@ -56,7 +64,7 @@ def main() -> int:
     if not results:
         print("no cell is finished")
         return 1
-    write(results, {name: title for name, (title, _) in VARIANTS.items()}, "static", args.results, "ablation")
+    write(results, {name: title for name, (title, *_) in VARIANTS.items()}, "static", args.results, "ablation")
     return 0
 
 

@@ -4,9 +4,10 @@
     python train_scripts/experiments/budgets.py --data uoft-cs/cifar10 --full     # for a GPU
 
 Every network is trained at 16 px and then at 32 px, for the same number of epochs. The dynamic one learns a target cost
-in the second part; what it costs there and at other thresholds, with the statistics of its norms taken anew (see
-calibrate.py), is its curve. ``skip`` is the deepest static network trained with stochastic depth, without the last
-blocks of each stage. Times are of sparse execution relative to that static network, one thread, in turn in one run.
+at 16 px and keeps it at 32 px, once for each target; what it costs there and at other thresholds, with the statistics
+of its norms taken anew (see calibrate.py), is its curve. ``skip`` is the deepest static network trained with stochastic
+depth, without the last blocks of each stage. Times are of sparse execution relative to that static network, one
+thread, in turn in one run.
 
 Writes ``budgets.csv`` (without times), ``times.csv``, ``budgets.md`` and ``budgets.png``.
 """
@@ -78,15 +79,19 @@ def without_last(model: nn.Module, blocks: int, refit: Sequence[torch.Tensor]) -
 
 
 def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
-    """A row for each network and operating point: top-1, cost and its spread, and times relative to the deepest."""
+    """A row for each network and operating point: top-1, cost and its spread, and times relative to the deepest.
+
+    Of a static network whose weights are gone its kept top-1 stands; its time does not depend on them.
+    """
     by_name = {result.cell.name: result for result in results if not result.cell.name.endswith("-16px")}
-    missing = [name for name in by_name if not by_name[name].network.exists()]
-    if missing:
-        raise ValueError(f"the networks of {', '.join(missing)} are not in {args.output}; run without --collect")
+    gone = [name for name in by_name if not by_name[name].network.exists()]
+    needed = [name for name in gone if name == "skip" or name.startswith(DYNAMIC)]
+    if needed:
+        raise ValueError(f"the networks of {', '.join(needed)} are not in {args.output}; run without --collect")
     options = argparse.Namespace(**vars(parse_data(args)), model=DEEPEST)
-    loaded = {name: models.create(str(result.network)).eval() for name, result in by_name.items()}
-    batches, refit = calibrate.load_batches(options, loaded[DEEPEST])
-    static = loaded[DEEPEST]
+    loaded = {name: models.create(name if name in gone else str(by_name[name].network)).eval() for name in by_name}
+    static = loaded.get(DEEPEST) or models.create(DEEPEST).eval()
+    batches, refit = calibrate.load_batches(options, static)
     channels, height, width = batches[0].images.shape[1:]
     size = (channels, height, width)
     whole = dg_timm.complexity(static, size).convolutions
@@ -103,13 +108,15 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
             contestants[name, ""] = model
     rows: list[Row] = []
     for (name, point), model in contestants.items():
-        top1, costs = calibrate.predict(model, batches)
-        cost = costs.mean().item() if name.startswith(DYNAMIC) else dg_timm.complexity(model, size).convolutions / whole
+        dynamic = name.startswith(DYNAMIC)
+        top1, costs = calibrate.predict(model, batches) if name not in gone else (0.0, torch.zeros(1))
+        cost = costs.mean().item() if dynamic else dg_timm.complexity(model, size).convolutions / whole
         rows.append(
-            {"network": name, "point": point, "top1": round(top1, 2), "cost": round(cost, 4),
+            {"network": name, "point": point,
+             "top1": round(by_name[name].figures["eval_top1"] if name in gone else top1, 2), "cost": round(cost, 4),
              "spread": round(costs.std(unbiased=False).item(), 4)}
         )  # fmt: skip
-        if name.startswith(DYNAMIC):
+        if dynamic:
             dg_timm.set_execution(model, "sparse")
     images = torch.cat([batch.images for batch in batches])
     for batch_size in TIMED:
@@ -145,12 +152,15 @@ def table(rows: Sequence[Row], seconds: float) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
+    dynamic = [row for row in rows if str(row["network"]).startswith(DYNAMIC)]
     lines = {
-        "dynamic, one threshold for all": [r for r in rows if r["network"] == DYNAMIC and r["point"] != "learned"],
-        "dynamic, learned thresholds": [r for r in rows if r["network"] == DYNAMIC and r["point"] == "learned"],
-        "static, by depth": [r for r in rows if r["network"].startswith("cifar_")],
-        "stochastic depth, last blocks skipped": [r for r in rows if r["network"] == "skip"],
+        "dynamic, as learned": [row for row in dynamic if row["point"] == "learned"],
+        "static, by depth": [row for row in rows if str(row["network"]).startswith("cifar_")],
+        "stochastic depth, last blocks skipped": [row for row in rows if row["network"] == "skip"],
     }
+    for name in dict.fromkeys(str(row["network"]) for row in dynamic):
+        own = [row for row in dynamic if row["network"] == name and row["point"] != "learned"]
+        lines[f"learned at {name.rpartition('-')[2]}, other thresholds"] = own
     panels = {"cost": "cost", "time_1": "time, batch 1", "time_32": "time, batch 32"}
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for label, found in lines.items():
