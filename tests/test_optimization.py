@@ -280,3 +280,16 @@ def test_weights_that_are_not_there(tmp_path, static_weights):
         models.create("dg_resnet18", initial_checkpoint=str(folder))
     with pytest.raises(ValueError, match="both name weights"):
         models.create("dg_regnetx_002", initial_checkpoint=str(folder), pretrained=True)
+
+
+def test_a_graph_is_made_again_as_its_weights_were(tmp_path):
+    """Without the blocks' shortcuts the same tensors predict something else."""
+    saved = timm.create_model("dg_cifar_resnet20", block_shortcut=False, wiring="ws", wiring_seed=3).eval()
+    folder = dg_timm.save_pretrained(saved, tmp_path / "net", card=None)
+    again = models.create("dg_cifar_resnet20", initial_checkpoint=str(folder)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), saved(x))
+    other = models.create("dg_cifar_resnet20", initial_checkpoint=str(folder), block_shortcut=True).eval()
+    assert not torch.equal(other(x), saved(x))  # who says so gets it
+    dg_timm.save_pretrained(again, tmp_path / "second", card=None)
+    assert torch.equal(models.create(str(tmp_path / "second")).eval()(x), saved(x))

@@ -41,6 +41,7 @@ def create(
         pretrained: load the weights that the name stands for (always, for the last three).
         initial_checkpoint: a safetensors file, or a folder with model.safetensors, to start from instead. Weights of a
             static network make a ``dg_*`` model its identity conversion; a classifier of other classes is left out.
+            Where the config.json beside them tells how a graph was made, it is made so again, but for ``options``.
         num_classes: of the classifier; by default the weights' own.
         options: what timm's model takes; None is left out.
 
@@ -59,7 +60,7 @@ def create(
         file = _weights_file(initial_checkpoint)
         classes = _classes_in(name, file, needed=not options.get("features_only"))
         overlay = dict(file=str(file), num_classes=classes, url="", hf_hub_id=None)
-        options |= dict(pretrained_cfg_overlay=overlay)
+        options = _graph_options(name, file) | options | dict(pretrained_cfg_overlay=overlay)
     try:
         return timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
     except (RuntimeError, TypeError) as error:  # weights that do not fit, options that the model does not take
@@ -116,6 +117,17 @@ def _weights_file(source: str) -> Path:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {source}: only safetensors are loaded; save the weights in that format")
     return file
+
+
+def _graph_options(name: str, weights: Path) -> dict[str, Any]:
+    """Options of the graph that these weights were of: others may take the same tensors and predict something else."""
+    config = weights.with_name("config.json")
+    if not name.startswith("dg_") or not config.exists():
+        return {}
+    made: dict[str, Any] = json.loads(config.read_text())
+    if not str(made.get("architecture", "")).startswith("dg_"):
+        return {}
+    return {key: value for key, value in (made.get("model_args") or {}).items() if key in GRAPH_OPTIONS}
 
 
 def _classes_in(name: str, file: Path, needed: bool = True) -> int:

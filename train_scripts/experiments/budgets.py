@@ -51,8 +51,10 @@ def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool)
         if full:
             found.append(Cell(name, {"recipe": "cifar10_full", "model": model, **first, **second}, seed))
             return
-        small = Cell(f"{start}-16px", {"recipe": "cifar10_16px", "model": model, **first}, seed)
-        found.extend(cell for cell in (small,) if cell not in found)
+        small = next((cell for cell in found if cell.name == f"{start}-16px"), None)
+        if small is None:
+            small = Cell(f"{start}-16px", {"recipe": "cifar10_16px", "model": model, **first}, seed)
+            found.append(small)
         found.append(Cell(name, {"recipe": "cifar10_32px", "model": model, **second}, seed, small))
 
     for name in names:
@@ -60,7 +62,8 @@ def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool)
             for target in targets:
                 own = f"{DYNAMIC}-{target:g}"
                 learned = {} if full else {"cost-ramp": 0, "cost-noise": 0}
-                add(own, DYNAMIC, {"target-cost": target, **GRAPH}, {"target-cost": target, **learned}, own)
+                shared = {"target-cost": target, **GRAPH}
+                add(own, DYNAMIC, shared, {**shared, **learned}, own)
         elif name == "skip":
             add(name, DEEPEST, {}, {"drop-path": 0.2}, DEEPEST)
         else:

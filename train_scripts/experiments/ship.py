@@ -52,7 +52,7 @@ def main() -> int:
     static = next(row for row in measured if row["network"] == DEEPEST)
     kept: dict[str, Any] = json.loads((args.results / f"{cell.cell.folder}.json").read_text())
     minutes = sum(results[part].seconds for part in (f"{name}-16px", name)) / 60
-    model = models.create(DYNAMIC, initial_checkpoint=str(cell.network)).eval()  # configured for 32 px
+    model = models.create(str(cell.network)).eval()
     args_ = argparse.ArgumentParser()
     calibrate.add_options(args_)
     batches, _ = calibrate.load_batches(
