@@ -70,6 +70,18 @@ class ExpectedCost:
 
 
 @torch.no_grad()
+def raise_thresholds(model: nn.Module) -> None:
+    """Lift thresholds to where edges can close: half of the smallest weight in a fresh stage. Higher ones stay.
+
+    The edges of a fresh node weigh 1 / in-degree.
+    """
+    for stage in require_dynamic(model).values():
+        lowest = 0.5 / max(len(sources) for sources in stage.edges)
+        for router in routers(stage).values():
+            router.threshold.clamp_(min=lowest)
+
+
+@torch.no_grad()
 def make_skippable(model: nn.Module, threshold: float = 0.1) -> None:
     """Let an identity conversion, still bit for bit the static network, skip a run of blocks by one router's decision.
 

@@ -24,11 +24,9 @@ from torch import Tensor
 from dg_timm import graph
 from dg_timm.router import Router
 
-WIDTH = (
-    0.5  # of the sigmoid, over log(|weight| / threshold), by which a gate learns; as wide as the noise if that is more
-)
+# Of the sigmoid over log(|weight| / threshold) by which a gate learns; it is as wide as the noise, if that is more.
+WIDTH = 0.5
 TEMPERATURE = 0.5  # of the softmax, over the same, that shares a gate's gradient between the edges into its node
-START_THRESHOLD = 0.1  # below the weights of a fresh network's edges, 1 / in-degree, where nodes are few
 _LOWEST = 1e-3  # threshold that is divided by
 _NEVER = -1e4  # margin of an edge that leaves a removed node
 

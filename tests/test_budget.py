@@ -6,7 +6,15 @@ import torch
 from conftest import FAMILIES, randomize_graph, static_and_dynamic
 
 import dg_timm
-from dg_timm.budget import ASLEEP, ExpectedCost, calibrate, make_skippable, refit_norms, threshold_curve
+from dg_timm.budget import (
+    ASLEEP,
+    ExpectedCost,
+    calibrate,
+    make_skippable,
+    raise_thresholds,
+    refit_norms,
+    threshold_curve,
+)
 from dg_timm.checkpoint import graph_stages, routers
 from dg_timm.training.loading import Batch
 from dg_timm.training.objective import Classification, CostTarget
@@ -105,6 +113,17 @@ def test_the_objective_adds_the_squared_distance():
     above.loss.sum().backward()
     gradients = [router.scale.grad for router in routers(model).values()]
     assert any(float(gradient.abs().sum()) > 0 for gradient in gradients)
+
+
+def test_thresholds_are_raised_to_where_no_edge_of_a_fresh_network_is_closed():
+    model = timm.create_model("dg_resnet50", num_classes=3).eval()
+    model.layer1.router0.threshold.data.fill_(0.7)
+    raise_thresholds(model)
+    assert model.layer1.router0.threshold.item() == pytest.approx(0.7)  # was higher
+    assert model.layer1.router1.threshold.item() == pytest.approx(0.5 / 4)
+    assert model.layer3.router2.threshold.item() == pytest.approx(0.5 / 7)
+    model.layer1.router0.threshold.data.fill_(0.1)
+    assert dg_timm.cost(model, torch.randn(1, *SIZE)).item() > 1  # all open
 
 
 def test_nothing_is_paid_below_the_target_and_the_noise_goes():

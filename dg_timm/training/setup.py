@@ -10,9 +10,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from dg_timm.budget import ExpectedCost, make_skippable
-from dg_timm.checkpoint import routers
-from dg_timm.gates import START_THRESHOLD
+from dg_timm.budget import ExpectedCost, make_skippable, raise_thresholds
 from dg_timm.training import models, optimization
 from dg_timm.training.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
 from dg_timm.training.objective import Classification, CostTarget
@@ -207,12 +205,11 @@ def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -
         return network.objective
     if args.compile:
         raise ValueError("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
-    for router in routers(network.model).values():
-        with torch.no_grad():
-            router.threshold.clamp_(min=START_THRESHOLD)
+    expected = ExpectedCost(network.model, network.data_config["input_size"])
+    raise_thresholds(network.model)
     return CostTarget(
         network.objective,
-        ExpectedCost(network.model, network.data_config["input_size"]),
+        expected,
         target=args.target_cost,
         weight=args.cost_weight,
         ramp=round(args.cost_ramp * updates),
