@@ -151,7 +151,8 @@ class FanOut(torch.autograd.Function):
         read = [j for j, g in enumerate(gradients) if g is not None]
         if not read:
             return None, None
-        weights = row if len(read) == row.shape[1] else row[:, read]
+        # by columns: an index would have to reach the device first
+        weights = row if len(read) == row.shape[1] else torch.stack([row[:, j] for j in read], dim=1)
         given = [g for g in gradients if g is not None]
         if torch.is_grad_enabled() or not all(_has_memory(g) for g in given):  # to be differentiated, or batched
             dx: Optional[Tensor] = graph.aggregate(given, weights).to(x.dtype)
@@ -160,7 +161,9 @@ class FanOut(torch.autograd.Function):
         else:
             dx, dw = fan_out_gradients(given, x, weights, *ctx.needs_input_grad)
         if dw is not None and len(read) < row.shape[1]:
-            dw = torch.zeros_like(row).index_copy(1, torch.tensor(read, device=row.device), dw.to(row.dtype))
+            of_read = dict(zip(read, dw.to(row.dtype).unbind(1), strict=True))
+            none = torch.zeros_like(row[:, 0])
+            dw = torch.stack([of_read.get(j, none) for j in range(row.shape[1])], dim=1)
         return dx, dw
 
 

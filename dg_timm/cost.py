@@ -83,7 +83,7 @@ class Costs:
         run = torch.full((len(some),), float(self.fixed), dtype=some.dtype, device=some.device)
         for name, stage in self.stages.items():
             is_open = opened[name]
-            run = run + (is_open * stage.edges.to(is_open)).sum((1, 2))
+            run = run + (is_open * stage.edges.to(is_open, non_blocking=True)).sum((1, 2))
             for node, own in enumerate(stage.nodes, start=1):
                 run = run + own * (1 - (1 - is_open[:, :node, node]).prod(1))
         return run / self.static

@@ -54,7 +54,8 @@ class Gates:
         runs = is_open
         if self.noise:
             uniform = torch.rand(is_open.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
-            runs = margins.amax(1, keepdim=True) + self.noise * uniform.logit().to(margins) > 0
+            logistic = uniform.logit().to(margins, non_blocking=True)
+            runs = margins.amax(1, keepdim=True) + self.noise * logistic > 0
         share = torch.softmax(margins.detach() / TEMPERATURE, 1)
         degree = (share * torch.sigmoid(margins / max(self.noise, WIDTH))).sum(1, keepdim=True)
         self.of_nodes.append(graph.straight_through(degree, runs.to(degree.dtype)))
