@@ -91,7 +91,7 @@ def test_what_a_cell_starts_from_is_trained_again_only_if_its_network_is_gone(tm
     keep(args, first)
     trained = []
     monkeypatch.setattr(cells_module._Bench, "train", lambda self, cell: trained.append(cell.folder) or True)
-    second = Cell("second", {"model": "x"}, 0, first)
+    second = Cell("second", {"model": "x"}, 0, {"initial-checkpoint": first})
     run([first, second], args)
     assert trained == ["first-0", "second-0"]  # in this order
     trained.clear()
@@ -126,10 +126,13 @@ def test_every_experiment_has_its_cells():
     assert all(cell.options["model-kwargs"]["wiring_seed"] == cell.seed for cell in wired)
     chained = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], False)
     assert len({cell.folder for cell in chained}) == len(chained) == 13
-    assert all(cell.start in chained for cell in chained if cell.start is not None)
+    assert all(other in chained for cell in chained for other in cell.networks.values())
     full = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], True)
-    assert all(cell.start is None for cell in full)
+    assert not any(cell.networks for cell in full)
     assert [cell.options.get("target-cost") for cell in full][:3] == [0.5, 0.4, None]
+    distilled = budgets.cells(budgets.NAMES, 0, [0.5], True, distill=True)[-2:]
+    assert [set(cell.networks) for cell in distilled] == [{"initial-checkpoint"}, {"initial-checkpoint", "distill"}]
+    assert {cell.networks["distill"].name for cell in distilled[1:]} == {"cifar_resnet26"}
     weights = Path("some/weights.safetensors")
     assert {cell.options["initial-checkpoint"] for cell in finetuning.cells([0], weights, False)} == {weights}
 

@@ -40,10 +40,11 @@ GRAPH = {"model-kwargs": {"block_shortcut": False}}  # of the dynamic network: t
 Row = dict[str, Any]
 
 
-def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool) -> list[Cell]:
+def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool, distill: bool = False) -> list[Cell]:
     """Of every network a cell at 16 px and one at 32 px that starts from it; in full, one at 32 px alone.
 
-    The dynamic network stands once for each target, and learns to close at 16 px.
+    The dynamic network stands once for each target, and learns to close at 16 px. With ``distill`` the deepest static
+    network and the dynamic ones go on for as long again, the latter learning also the logits of the former.
     """
     found: list[Cell] = []
 
@@ -55,7 +56,10 @@ def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool)
         if small is None:
             small = Cell(f"{start}-16px", {"recipe": "cifar10_16px", "model": model, **first}, seed)
             found.append(small)
-        found.append(Cell(name, {"recipe": "cifar10_32px", "model": model, **second}, seed, small))
+        again(name, {"model": model, **second}, {"initial-checkpoint": small})
+
+    def again(name: str, options: Mapping[str, Any], networks: Mapping[str, Cell]) -> None:
+        found.append(Cell(name, {"recipe": "cifar10_32px", **options}, seed, networks))
 
     for name in names:
         if name == DYNAMIC:
@@ -68,6 +72,14 @@ def cells(names: Sequence[str], seed: int, targets: Sequence[float], full: bool)
             add(name, DEEPEST, {}, {"drop-path": 0.2}, DEEPEST)
         else:
             add(name, name, {}, {}, name)
+    if distill:
+        by_name = {cell.name: cell for cell in found}
+        static = by_name[DEEPEST]
+        again(f"{DEEPEST}-longer", {"model": DEEPEST}, {"initial-checkpoint": static})
+        for target in targets:
+            own = f"{DYNAMIC}-{target:g}"
+            kept = {"model": DYNAMIC, "target-cost": target, "cost-ramp": 0, "cost-noise": 0, **GRAPH}
+            again(f"{own}-distilled", kept, {"initial-checkpoint": by_name[own], "distill": static})
     return found
 
 
@@ -92,7 +104,10 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
     if needed:
         raise ValueError(f"the networks of {', '.join(needed)} are not in {args.output}; run without --collect")
     options = argparse.Namespace(**vars(parse_data(args)), model=DEEPEST)
-    loaded = {name: models.create(name if name in gone else str(by_name[name].network)).eval() for name in by_name}
+    loaded = {
+        name: models.create(result.cell.options["model"] if name in gone else str(result.network)).eval()
+        for name, result in by_name.items()
+    }
     static = loaded.get(DEEPEST) or models.create(DEEPEST).eval()
     batches, refit = calibrate.load_batches(options, static)
     channels, height, width = batches[0].images.shape[1:]
@@ -184,10 +199,15 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=8, help="thresholds of the dynamic network")
     parser.add_argument("--rounds", type=int, default=9, help="of timing")
     parser.add_argument("--full", action="store_true", help="the recipe cifar10_full")
+    parser.add_argument(
+        "--distill", action="store_true", help="then four epochs more, from the static network's logits"
+    )
     parser.add_argument("--train-only", action="store_true", help="leave the curve for later")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = run(cells(args.only, args.seed, args.target_cost, args.full), args)
+    if args.distill and not {DYNAMIC, DEEPEST} <= set(args.only):
+        parser.error(f"--distill needs {DYNAMIC} and {DEEPEST}; --only leaves one out")
+    results = run(cells(args.only, args.seed, args.target_cost, args.full, args.distill), args)
     if args.train_only:
         return 0
     rows = measure(results, args)

@@ -1,7 +1,7 @@
 """Cells of an experiment: each is a run of train.py in a folder of its own, done once and never again.
 
 What was interrupted goes on from its last checkpoint. What a finished cell found is kept as JSON among the results, and
-read from there; a cell is trained again only where another one, unfinished, starts from its network. Cells run side by
+read from there; a cell is trained again only where another one, unfinished, needs its network. Cells run side by
 side, one thread each, so that a cell gives the same figures wherever in the order it runs.
 """
 
@@ -35,13 +35,13 @@ class Cell:
         name: of its folder; the seed is appended.
         options: of train.py, without dashes; of a Path only the name is kept among the results.
         seed: of weights, order and augmentation.
-        start: the cell whose network it starts from.
+        networks: of other cells, by the option that takes one: ``initial-checkpoint``, ``distill``.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    start: Optional["Cell"] = None
+    networks: Mapping[str, "Cell"] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -91,13 +91,13 @@ def run(cells: Sequence[Cell], args: argparse.Namespace) -> list[Result]:
         raise ValueError("two cells have one name")
     done = {cell.folder for cell in cells if bench.read(cell) is not None}
     needed = {cell for cell in cells if cell.folder not in done}
-    for cell in reversed(cells):  # a cell stands after the one that it starts from
-        if cell in needed and cell.start is not None and not bench.network(cell.start).exists():
-            needed.add(cell.start)
+    for cell in reversed(cells):  # a cell stands after those whose networks it takes
+        if cell in needed:
+            needed |= {other for other in cell.networks.values() if not bench.network(other).exists()}
     failed: list[str] = []
     wave = [] if args.collect else [cell for cell in cells if cell in needed]
     while wave:
-        ready = [cell for cell in wave if cell.start not in wave]
+        ready = [cell for cell in wave if not any(other in wave for other in cell.networks.values())]
         with ThreadPoolExecutor(args.jobs) as pool:
             failed += [cell.folder for cell, ok in zip(ready, pool.map(bench.train, ready), strict=True) if not ok]
         wave = [cell for cell in wave if cell not in ready]
@@ -116,9 +116,9 @@ class _Bench:
         return path
 
     def options(self, cell: Cell) -> dict[str, str]:
-        """As they are kept: text, with the name of the cell to start from."""
+        """As they are kept: text, with the names of the cells whose networks it takes."""
         options = {key: _text(value) for key, value in self._given(cell).items()}
-        return options | ({"initial-checkpoint": cell.start.folder} if cell.start else {})
+        return options | {key: other.folder for key, other in cell.networks.items()}
 
     def _given(self, cell: Cell) -> dict[str, Any]:
         return {**cell.options, **self.overrides, "seed": cell.seed}
@@ -140,14 +140,13 @@ class _Bench:
         folder.mkdir(parents=True, exist_ok=True)
         options = self.options(cell)
         given = options | {key: str(value) for key, value in self._given(cell).items() if isinstance(value, Path)}
-        if cell.start is not None:
-            given["initial-checkpoint"] = str(self.network(cell.start))
+        given |= {key: str(self.network(other)) for key, other in cell.networks.items()}
         command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
                    "--resume", "auto"]  # fmt: skip
         for key, value in given.items():
             command += [
                 f"--{key}",
-                *([] if value == "True" else [value] if key == "initial-checkpoint" else value.split()),
+                *([] if value == "True" else [value] if key in ("initial-checkpoint", "distill") else value.split()),
             ]
         print(f"{cell.folder} begins", flush=True)
         with (folder / "log.txt").open("a") as log:
