@@ -42,6 +42,10 @@ _ARGUMENTS = {
 }
 
 
+# Of a router: weight, bias, scale (or None), threshold, and the nodes that its edges lead to.
+RouterParameters = tuple[Tensor, Tensor, Optional[Tensor], float, tuple[int, ...]]
+
+
 class Kernels:
     """The functions of the library. Maps are (batch, ...) of one shape, type and layout, dense in memory."""
 
@@ -82,10 +86,10 @@ class Kernels:
         sizes = (batch, channels, height * width, channels_last, torch.get_num_threads())
         self._functions["pool", x.dtype](out.data_ptr(), x.data_ptr(), *sizes)
 
-    def graph(self, dtype: torch.dtype, batch: int, nodes: int) -> "Graph":
-        """For sparse execution of a stage; ``dtype`` is that of the maps."""
-        functions = {name: self._functions[name, dtype] for name in ("enter", "read", "leave")}
-        return Graph(functions, dtype, batch, nodes)
+    def graph(self, node0: Tensor, nodes: int) -> "Graph":
+        """For sparse execution of a stage; ``node0``: the maps of node 0, of all images."""
+        functions = {name: self._functions[name, node0.dtype] for name in ("enter", "read", "leave")}
+        return Graph(functions, node0, nodes)
 
 
 class Graph:
@@ -95,13 +99,15 @@ class Graph:
         alpha: (batch, nodes, nodes), [source, target]; 0 where an edge is closed or its source was removed.
     """
 
-    def __init__(self, functions: dict[str, Any], dtype: torch.dtype, batch: int, nodes: int) -> None:
+    def __init__(self, functions: dict[str, Any], node0: Tensor, nodes: int) -> None:
         self._enter, self._read, self._leave = functions["enter"], functions["read"], functions["leave"]
-        self.batch, self.nodes = batch, nodes
-        self.alpha = torch.zeros(batch, nodes, nodes, dtype=sum_dtype(dtype), device="cpu")
+        self.batch, self.channels, height, width = node0.shape
+        self.nodes, self.area = nodes, height * width
+        self._channels_last, self._threads = not node0.is_contiguous(), torch.get_num_threads()
+        self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=sum_dtype(node0.dtype), device="cpu")
         self._alpha = self.alpha.data_ptr()
-        self._maps = (_ADDRESS * (nodes * batch))()
-        self._images = (_COUNT * batch)(*range(batch))
+        self._maps = (_ADDRESS * (nodes * self.batch))()
+        self._images = (_COUNT * self.batch)(*range(self.batch))
 
     @property
     def images(self) -> list[int]:
@@ -117,39 +123,42 @@ class Graph:
         count: int = self._enter(self._images, self._alpha, self.batch, self.nodes, target)
         return count
 
-    def read(self, z: Tensor, target: int, instead: Optional[Tensor] = None) -> None:
-        """``z[k]`` = what the edges into a node carry for the k-th image that was entered.
+    def read(self, z: Tensor, count: int, target: int) -> None:
+        """``z[k]`` = what the edges into a node carry for the k-th of the images that were entered."""
+        self._gather(z, self._maps, count, target, self.channels * self.area)
 
-        ``instead``: (batch, ...) what node 0's edge carries in place of its feature.
+    def read_instead(self, z: Tensor, count: int, target: int, instead: Tensor) -> None:
+        """As :meth:`read`; ``instead``: (batch, ...) what node 0's edge carries in place of its feature."""
+        length = instead[0].numel()
+        first, step = instead.data_ptr(), length * instead.element_size()
+        maps = (_ADDRESS * self.batch)(*[first + b * step for b in range(self.batch)])
+        self._gather(z, maps, count, target, length)
+
+    def _gather(self, z: Tensor, maps: Any, count: int, target: int, length: int) -> None:
+        self._read(
+            z.data_ptr(), maps, self._alpha, self._images, count, self.batch, self.nodes, target, length, self._threads
+        )
+
+    def leave(self, node: int, maps: Tensor, count: int, router: Optional[RouterParameters] = None) -> None:
+        """A node has run for the images that were entered: (count, channels, height, width).
+
+        ``router``: what weighs its edges (Eqs. 4 and 5), contiguous and of the maps' type; without it they are for the
+        caller to set in ``alpha``.
         """
-        maps, length = self._maps, _length(z)
-        if instead is not None:
-            first, step = instead.data_ptr(), _length(instead) * instead.element_size()
-            maps = (_ADDRESS * self.batch)(*[first + b * step for b in range(self.batch)])
-        sizes = (len(z), self.batch, self.nodes, target, length, torch.get_num_threads())
-        self._read(z.data_ptr(), maps, self._alpha, self._images, *sizes)
-
-    def leave(
-        self, node: int, maps: Tensor, channels_last: bool, targets: Sequence[int],
-        weights: Optional[tuple[Tensor, Tensor, Optional[Tensor], float]] = None,
-    ) -> None:  # fmt: skip
-        """A node has run for the images that were entered: (images, channels, height, width).
-
-        ``weights``: weight, bias, scale (or None) and threshold of its router, by which its edges are weighed (Eqs. 4
-        and 5), contiguous and of the maps' type; without it they are for the caller to set in ``alpha``.
-        """
-        count, channels, height, width = maps.shape
-        threshold, parameters = 0.0, list[Optional[int]]([None, None, None])
-        if weights is not None:
-            *tensors, threshold = weights
-            parameters = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        weight, bias, scale, threshold, targets = router or (None, None, None, 0.0, ())
         failed = self._leave(
-            self._maps, self._alpha, self._images, maps.data_ptr(), *parameters, (_COUNT * len(targets))(*targets),
-            threshold, node, count, self.batch, self.nodes, channels, height * width, len(targets),
-            channels_last, torch.get_num_threads(),
+            self._maps, self._alpha, self._images, maps.data_ptr(), None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), None if scale is None else scale.data_ptr(), _counts(targets),
+            threshold, node, count, self.batch, self.nodes, self.channels, self.area, len(targets),
+            self._channels_last, self._threads,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the means of a node's channels; use a smaller batch")
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(numbers: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+    return (_COUNT * len(numbers))(*numbers)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -230,11 +239,3 @@ def _processor() -> bytes:
         {line for line in lines if line.split("\t")[0].strip() in ("flags", "Features", "model name", "CPU part")}
     )
     return "\n".join([platform.machine(), *(described or [platform.processor()])]).encode()
-
-
-def last_cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
-    try:
-        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 * 2**20
-    except (ValueError, OSError, AttributeError):
-        return 32 * 2**20

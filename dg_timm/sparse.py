@@ -6,7 +6,7 @@ nothing to differentiate, trace or export.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, TypeGuard
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dg_timm import aggregation, map_memory
-from dg_timm.cpu_kernels import Kernels
+from dg_timm.cpu_kernels import Kernels, RouterParameters
 from dg_timm.router import Router
 
 
@@ -107,8 +107,7 @@ class _ByKernels:
 
     def __init__(self, kernels: Kernels, node0: Tensor, nodes: int) -> None:
         self.like, self.batch, self.nodes = node0, len(node0), nodes
-        self.channels_last = not node0.is_contiguous()
-        self.graph = kernels.graph(node0.dtype, self.batch, nodes)
+        self.graph = kernels.graph(node0, nodes)
         self.count = self.batch
         self.maps: list[Tensor] = []  # kept, as their addresses are
 
@@ -120,20 +119,18 @@ class _ByKernels:
     def read(self, target: int, instead: Optional[Tensor] = None) -> Tensor:
         """Eq. 3: what the block reads; ``instead``: what node 0's edge carries in place of its feature."""
         z = map_memory.empty_like(self.like if instead is None else instead, self.count)
-        self.graph.read(z, target, instead)
+        if instead is None:
+            self.graph.read(z, self.count, target)
+        else:
+            self.graph.read_instead(z, self.count, target, instead)
         return z
 
     def leave(self, node: int, maps: Tensor, router: Callable[[Tensor], Tensor]) -> None:
         """The block has run, and its router weighs the edges that leave it."""
         self.maps.append(maps)
-        if _is_plain(router, maps.dtype):
-            fixed = router.fixed_threshold
-            fc = router.fc
-            threshold = router.threshold.item() if fixed is None else fixed
-            weights = (fc.weight, fc.bias, router.scale, threshold)
-            self.graph.leave(node, maps, self.channels_last, router.targets, weights)
-        else:
-            self.graph.leave(node, maps, self.channels_last, [])
+        plain = _parameters(router, maps.dtype)
+        self.graph.leave(node, maps, self.count, plain)
+        if plain is None:
             row = router(aggregation.pooled(maps)).to(self.graph.alpha.dtype)
             self.graph.alpha[self.graph.images[: self.count], node, node + 1 :] = row
 
@@ -141,21 +138,33 @@ class _ByKernels:
         """What the last node gathers, for every image; zeros for one without an open edge."""
         z = map_memory.empty_like(self.like)
         self.graph.everyone()
-        self.graph.read(z, self.nodes - 1)
+        self.graph.read(z, self.batch, self.nodes - 1)
         return z
 
 
-def _is_plain(router: Any, dtype: torch.dtype) -> TypeGuard[Router]:
-    """Whether nothing but its parameters decides what a router gives."""
-    if type(router) is not Router or not router.is_instance_aware:
-        return False
-    fc = router.fc
-    return (
-        dtype in (torch.float32, torch.float64)  # others round between the steps
-        and fc.weight.dtype == dtype
-        and fc.weight.is_contiguous()
-        and not (router._forward_hooks or router._forward_pre_hooks or fc._forward_hooks)
-    )
+def _parameters(router: Any, dtype: torch.dtype) -> Optional[RouterParameters]:
+    """What a router computes with, if that is all that decides what it gives.
+
+    A stage asks at every node, so this reads the dictionaries of modules; attributes take five times as long.
+    """
+    if type(router) is not Router or not router.is_instance_aware or dtype not in (torch.float32, torch.float64):
+        return None  # other types round between the steps
+    fc, own = router._modules["fc"], router._parameters
+    assert fc is not None
+    weight, bias, threshold = fc._parameters.get("weight"), fc._parameters.get("bias"), own.get("threshold")
+    if weight is None or bias is None or threshold is None:  # pruned, parametrised ...
+        return None
+    if (
+        weight.dtype != dtype
+        or not weight.is_contiguous()
+        or router._forward_hooks
+        or router._forward_pre_hooks
+        or fc._forward_hooks
+        or fc._forward_pre_hooks
+    ):
+        return None
+    fixed = router.fixed_threshold
+    return weight, bias, own["scale"], threshold.item() if fixed is None else fixed, tuple(router.targets)
 
 
 class _ByTorch:

@@ -7,16 +7,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from dg_timm import aggregation, cpu_kernels, graph
+from dg_timm import aggregation, graph
 from dg_timm import blocks as _blocks
 from dg_timm import sparse as _sparse
 from dg_timm.gates import Gates
 from dg_timm.router import Router
 from dg_timm.stages import StagePlan
 
-# Parts of a batch that run on their own (DGStage.pieces): how much may be live in one, and the fewest images. A single
-# image would take other algorithms of some convolutions, and round otherwise.
-CACHE_BYTES = cpu_kernels.last_cache_bytes()
+# Parts of a batch that run on their own (DGStage.pieces): how much may be live in one for each thread, a few times the
+# cache of a core (what is live at once is an upper bound; measured: results/performance.md), and the fewest images. A
+# single image would take other algorithms of some convolutions, and round otherwise.
+LIVE_BYTES = 6 * 2**20
 MIN_IMAGES = 2
 
 
@@ -170,7 +171,8 @@ class DGStage(nn.Module):
             return 1
         maps = self.live * x[0].numel() * x.element_size()  # bytes of one image
         weights = sum(p.numel() for p in self.parameters()) * x.element_size()
-        images = max(MIN_IMAGES, torch.get_num_threads(), CACHE_BYTES / maps, weights / maps)
+        threads = torch.get_num_threads()
+        images = max(MIN_IMAGES, threads, threads * LIVE_BYTES / maps, weights / maps)
         pieces = int(len(x) // images)
         if pieces > 1 and (_global_hooks() or any(_sees_the_batch(m) for m in self.modules())):
             return 1

@@ -299,7 +299,7 @@ def count_parts(model):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["dg_resnet18", "dg_mobilenetv2_050", "dg_regnetx_002"])
 def test_parts_of_a_batch_predict_what_the_batch_does_to_the_bit(name, layout, monkeypatch):
-    monkeypatch.setattr(stage, "CACHE_BYTES", 2**16)
+    monkeypatch.setattr(stage, "LIVE_BYTES", 2**16)
     static, model = static_and_dynamic(name)
     static, model = static.to(memory_format=layout), model.to(memory_format=layout)
     x = torch.randn(7, 3, 64, 64).contiguous(memory_format=layout)
@@ -316,7 +316,7 @@ def test_parts_of_a_batch_predict_what_the_batch_does_to_the_bit(name, layout, m
 
 
 def test_who_watches_a_stage_sees_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(stage, "CACHE_BYTES", 2**16)
+    monkeypatch.setattr(stage, "LIVE_BYTES", 2**16)
     model = timm.create_model("dg_resnet18").eval()
     x, seen = torch.randn(8, 3, 64, 64), []
     calls = count_parts(model)

@@ -145,7 +145,7 @@ def test_a_line_for_every_image_size_and_a_bar_for_every_row(tmp_path):
 def test_imposed_paths_follow_the_parts_of_a_batch(monkeypatch):
     from dg_timm import stage
 
-    monkeypatch.setattr(stage, "CACHE_BYTES", 2**16)
+    monkeypatch.setattr(stage, "LIVE_BYTES", 2**16)
     for execution in ("dg_resnet18", "dg_resnet18:sparse", "dg_resnet18:static"):
         rows = benchmark_models.measure([execution], {**SETTING, "batch_size": 7, "removed": 0.5}, 3)
         assert 0.3 < rows[0]["cost"] < 0.9

@@ -19,6 +19,7 @@ from dg_timm.budget import ExpectedCost, raise_thresholds
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 ROOT = Path(__file__).parents[1]
+PATHS = ("reference", "kernels")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -104,11 +105,12 @@ def test_under_autocast_kernels_are_no_worse_than_the_formulas(dtype):
                 loss = F.cross_entropy(model(x).float(), labels)
             return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
-    exact = gradients("reference", torch.float32)
-    for right, formula, kernel in zip(exact, gradients("reference", dtype), gradients("kernels", dtype), strict=True):
-        if right is not None:
-            assert kernel.isfinite().all()
-            assert (kernel - right).norm() <= 1.5 * (formula - right).norm() + 0.02 * right.norm() + 1e-5
+    def distance(some, others):
+        return sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True) if a is not None) ** 0.5
+
+    right, formulas, kernels = gradients("reference", torch.float32), *(gradients(p, dtype) for p in PATHS)
+    assert all(g.isfinite().all() for g in kernels if g is not None)
+    assert distance(kernels, right) <= 1.2 * distance(formulas, right)
 
 
 def test_no_step_of_training_waits_for_the_device():
@@ -158,7 +160,7 @@ def test_learning_a_cost_is_that_of_the_cpu():
         found.append([cost.cpu(), *[g.cpu() for g in grads if g is not None]])
     assert len(found[0]) == len(found[1]) > 20
     for wanted, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # margins are float32
 
 
 def test_a_cuda_graph_replays_it():
