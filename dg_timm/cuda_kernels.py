@@ -2,8 +2,8 @@
 
 Imported by :mod:`dg_timm.aggregation` when the first map on a GPU is aggregated, and compiled then, once for every
 number of sources. Every map is read once, a source of weight 0 not at all. Sums are in float32 (float64 for float64),
-and so are partial sums where a node has more sources than one pass reads. Tested in Triton's interpreter; no GPU was at
-hand to run it on.
+and so are partial sums where a node has more sources than one pass reads. Tested in Triton's interpreter, and by
+tests/test_cuda.py where there is a GPU.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ import budgets
 import calibrate
 import cells as cells_module
 import finetuning
-from cells import Cell, Result, add_options, paired, run
+from cells import Cell, Result, paired, parse, run
 from comparison import table
 from scipy import stats
 
@@ -41,11 +41,14 @@ def rows_of(file):
 
 
 def options(tmp_path, *more):
-    parser = argparse.ArgumentParser()
-    add_options(parser, "x")
-    return parser.parse_args(
-        ["--data", "digits", "--output", f"{tmp_path}/out", "--results", f"{tmp_path}/kept", *more]
-    )
+    given = ["--data", "digits", "--output", f"{tmp_path}/out", "--results", f"{tmp_path}/kept", *more]
+    return parse(argparse.ArgumentParser(), "x", "more", given)
+
+
+def test_the_full_size_has_folders_of_its_own():
+    small, full = (parse(argparse.ArgumentParser(), "x", "more", ["--data", "d", *more]) for more in ([], ["--full"]))
+    assert (small.results.name, full.results.name) == ("x", "x_full")
+    assert (small.output.name, full.output.name) == ("x", "x_full")
 
 
 def keep(args, cell, **changed):

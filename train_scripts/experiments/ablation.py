@@ -1,7 +1,7 @@
 """CIFAR-10 from scratch: one network, wired in different ways (the paper's Tables 4 and 6 in small).
 
     python train_scripts/experiments/ablation.py --data path/to/cifar10           # 16 px: four hours on two cores
-    python train_scripts/experiments/ablation.py --data uoft-cs/cifar10 --full    # 32 px, 100 epochs: for a GPU
+    python train_scripts/experiments/ablation.py --data uoft-cs/cifar10 --full    # 32 px, all images: for a GPU
 
 Every wiring has the same blocks, recipe, seeds, images and order of images. Writes ``ablation.csv`` (a row a cell),
 ``ablation.md`` and ``ablation.png`` (means, and 95 % intervals of the differences from the static network).
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cells import Cell, add_options, run
+from cells import Cell, parse, run
 from comparison import write
 
 STATIC = "cifar_resnet26"
@@ -24,6 +24,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # tit
     "alpha_b": ("alpha_b: weights for each image", {}, {}),
     "alpha": ("alpha: learned weights, the same for all images", SAME, {}),
     "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}, {}),
+    "alpha_no_shortcut": (
+        "alpha without the blocks' shortcuts",
+        {"block_shortcut": False, **SAME},
+        {},
+    ),
     "paper": (
         "... and without edge scales: the paper to the letter",
         {"block_shortcut": False, "edge_scale": False},
@@ -57,11 +62,9 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "ablation")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--full", action="store_true", help="the recipe cifar10_full in place of cifar10_scratch")
-    args = parser.parse_args()
+    args = parse(parser, "ablation", "the recipe cifar10_full in place of cifar10_scratch")
     results = run(cells(args.seeds, args.only, "cifar10_full" if args.full else "cifar10_scratch"), args)
     if not results:
         print("no cell is finished")

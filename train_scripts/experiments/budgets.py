@@ -1,7 +1,7 @@
 """Accuracy, cost and measured time on CIFAR-10: a network that learned to close, shallower static ones, skipped blocks.
 
     python train_scripts/experiments/budgets.py --data path/to/cifar10            # three hours on two cores
-    python train_scripts/experiments/budgets.py --data uoft-cs/cifar10 --full     # for a GPU
+    python train_scripts/experiments/budgets.py --data uoft-cs/cifar10 --full     # a quarter of an hour on a GPU
 
 Every network is trained at 16 px and then at 32 px, for the same number of epochs. The dynamic one learns a target cost
 at 16 px and keeps it at 32 px, once for each target; what it costs there and at other thresholds, with the statistics
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import SCRIPTS, Cell, Result, add_options, run, write_csv
+from cells import SCRIPTS, Cell, Result, parse, run, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
@@ -143,7 +143,7 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
         )
         for row, timing in zip(rows, timed, strict=True):
             row |= calibrate.time_columns(batch_size, timing)
-    return rows
+    return [row | {"time_rounds": args.rounds, "time_hardware": hardware()} for row in rows]
 
 
 def parse_data(args: argparse.Namespace) -> argparse.Namespace:
@@ -192,18 +192,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "budgets")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--target-cost", type=float, nargs="+", default=[0.5, 0.4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", type=int, default=8, help="thresholds of the dynamic network")
     parser.add_argument("--rounds", type=int, default=9, help="of timing")
-    parser.add_argument("--full", action="store_true", help="the recipe cifar10_full")
     parser.add_argument(
         "--distill", action="store_true", help="then four epochs more, from the static network's logits"
     )
     parser.add_argument("--train-only", action="store_true", help="leave the curve for later")
-    args = parser.parse_args()
+    args = parse(parser, "budgets", "the recipe cifar10_full, at 32 px alone")
     torch.set_num_threads(1)
     if args.distill and not {DYNAMIC, DEEPEST} <= set(args.only):
         parser.error(f"--distill needs {DYNAMIC} and {DEEPEST}; --only leaves one out")

@@ -67,16 +67,26 @@ class Result:
     network: Path
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """What every experiment asks for."""
+def parse(
+    parser: argparse.ArgumentParser, name: str, full: str, argv: Optional[Sequence[str]] = None
+) -> argparse.Namespace:
+    """Read the command line of an experiment, with what all of them ask for; ``full``: what its ``--full`` does."""
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder with it as Parquet, or uoft-cs/cifar10")
-    parser.add_argument("--output", type=Path, default=Path("output") / name, help="of the runs (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS / name, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help=f"{full}; in folders of their own")
+    parser.add_argument("--output", type=Path, help=f"of the runs (default: output/{name}, or {name}_full)")
+    parser.add_argument(
+        "--results", type=Path, help=f"of what is kept (default: {RESULTS.name}/{name}, or {name}_full)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells side by side")
     parser.add_argument("--collect", action="store_true", help="train nothing: read the cells that are finished")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="in place of every cell's, e.g. epochs=1"
     )
+    args = parser.parse_args(argv)
+    folder = f"{name}_full" if args.full else name
+    args.output = args.output or Path("output") / folder
+    args.results = args.results or RESULTS / folder
+    return args
 
 
 def run(cells: Sequence[Cell], args: argparse.Namespace) -> list[Result]:

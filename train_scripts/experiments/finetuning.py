@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from cells import Cell, add_options, run
+from cells import Cell, parse, run
 from comparison import write
 
 STATIC = "tf_efficientnet_lite0"
@@ -29,11 +29,9 @@ def cells(seeds: Sequence[int], weights: Optional[Path], full: bool) -> list[Cel
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "finetuning")
     parser.add_argument("--weights", type=Path, help="safetensors of the static network; by default the published ones")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--full", action="store_true", help="all images at 96 px, 10 epochs")
-    args = parser.parse_args()
+    args = parse(parser, "finetuning", "all images at 96 px, 10 epochs")
     results = run(cells(args.seeds, args.weights, args.full), args)
     if not results:
         print("no cell is finished")

@@ -1,21 +1,19 @@
 """Make the folder of the network that ships with the package, from the cells and the table of budgets.py.
 
-    python train_scripts/experiments/ship.py --data path/to/cifar10
+    python train_scripts/experiments/ship.py --data path/to/cifar10 --full
 
 The dynamic network with its learned thresholds, as trained: config, weights, the wiring of some test images, and a card
-whose figures are those of ``budgets.csv`` and ``times.csv``. ``publish.py`` would send the same folder.
+whose figures are those of ``times.csv``. ``publish.py`` would send the same folder.
 """
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from budgets import DEEPEST, DYNAMIC, TIMED, cells
-from cells import SCRIPTS, add_options, run
+from cells import SCRIPTS, parse, run
 
 sys.path.insert(0, str(SCRIPTS))
 import calibrate
@@ -34,24 +32,27 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "budgets")
     parser.add_argument("--folder", type=Path, help="by default that of the package")
     parser.add_argument("--target-cost", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--distill", action="store_true", help="as of budgets.py")
+    args = parse(parser, "budgets", "as of budgets.py")
     args.collect = True
-    name = f"{DYNAMIC}-{args.target_cost:g}"
-    chosen_cells = cells([DYNAMIC, DEEPEST], args.seed, [args.target_cost], False)
-    results = {r.cell.name: r for r in run(chosen_cells, args)}
-    cell = results[name]
-    if not cell.network.exists():
-        print(f"error: {cell.network} is not there; train it with budgets.py", file=sys.stderr)
+    name = f"{DYNAMIC}-{args.target_cost:g}{'-distilled' if args.distill else ''}"
+    beside = f"{DEEPEST}{'-longer' if args.distill else ''}"
+    planned = cells([DYNAMIC, DEEPEST], args.seed, [args.target_cost], args.full, args.distill)
+    results = {r.cell.name: r for r in run(planned, args)}
+    missing = next((cell for cell in planned if cell.name == name and cell.name not in results), None)
+    if missing or not results[name].network.exists():
+        print(f"error: {name} is not in {args.results} and {args.output}; train it with budgets.py", file=sys.stderr)
         return 2
+    cell = results[name]
     measured = rows_of(args.results / "times.csv")
     own = next(row for row in measured if row["network"] == name and row["point"] == "learned")
-    static = next(row for row in measured if row["network"] == DEEPEST)
-    kept: dict[str, Any] = json.loads((args.results / f"{cell.cell.folder}.json").read_text())
-    minutes = sum(results[part].seconds for part in (f"{name}-16px", name)) / 60
+    static = next(row for row in measured if row["network"] == beside)
+    trainings = [cell]
+    while (before := trainings[0].cell.networks.get("initial-checkpoint")) is not None:
+        trainings.insert(0, results[before.name])
     model = models.create(str(cell.network)).eval()
     args_ = argparse.ArgumentParser()
     calibrate.add_options(args_)
@@ -68,11 +69,15 @@ def main() -> int:
         license="apache-2.0",
         datasets=["uoft-cs/cifar10"],
         made={
-            "Training": "from scratch by `train_scripts/experiments/budgets.py` of dg_timm: recipe `cifar10_16px` "
-            "(6 epochs at 16 px), then `cifar10_32px` (4 epochs at 32 px), both with "
-            f"`--target-cost {kept['options']['target-cost']}`; blocks without shortcuts of their own",
+            "Training": "from scratch by `train_scripts/experiments/budgets.py` of dg_timm, with "
+            f"`--target-cost {args.target_cost:g}` and blocks without shortcuts of their own: "
+            + ", then ".join(
+                f"{r.figures['epoch']:.0f} epochs of the recipe `{r.cell.options['recipe']}`"
+                + (f", learning also the logits of {DEEPEST}" if "distill" in r.cell.networks else "")
+                for r in trainings
+            ),
             "Data": "a JPEG copy of CIFAR-10 (quality 75), so that figures are not those of CIFAR-10 to the last digit",
-            "Hardware": f"{kept['hardware']}; {minutes:.0f} minutes",
+            "Hardware": ", then ".join(f"{r.hardware}, {r.seconds / 60:.0f} minutes" for r in trainings),
             "Seed": str(args.seed),
         },
         accuracies=[
@@ -87,7 +92,7 @@ def main() -> int:
         ],
         times=[
             InferenceTime(
-                hardware=f"{kept['hardware']}, sparse execution",
+                hardware=f"{own['time_hardware']}, sparse execution",
                 batch_size=size,
                 image_size=32,
                 static_ms=float(own[f"time_{size}_static_ms"]),
@@ -95,7 +100,7 @@ def main() -> int:
                 ratio=float(own[f"time_{size}"]),
                 low=float(own[f"time_{size}_low"]),
                 high=float(own[f"time_{size}_high"]),
-                rounds=9,
+                rounds=int(own["time_rounds"]),
             )
             for size in TIMED
         ],
