@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from conftest import FAMILIES, randomize, randomize_graph
 from test_stage import images, make_stage
 from torch import nn
@@ -284,3 +285,14 @@ def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, wiring, mo
         for found in (rows, hooked):
             assert torch.allclose(found, wanted, atol=1e-6)
             assert torch.equal(found == 0, wanted == 0)
+
+
+def test_a_router_whose_weight_is_computed_is_asked():
+    stage, x = make_stage("input", 3, dtype=torch.float32), images("input", dtype=torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(stage.router1.fc)
+    torch.nn.utils.prune.random_unstructured(stage.router2.fc, "weight", 0.5)
+    assert [sparse._parameters(stage.get_submodule(f"router{n}"), x.dtype) is None for n in range(3)] == [0, 1, 1]
+    with torch.no_grad():
+        wanted = stage(x)
+        stage.execution = "sparse"
+        torch.testing.assert_close(stage(x), wanted)

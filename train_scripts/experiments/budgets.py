@@ -173,12 +173,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     dynamic = [row for row in rows if str(row["network"]).startswith(DYNAMIC)]
     lines = {
         "dynamic, as learned": [row for row in dynamic if row["point"] == "learned"],
-        "static, by depth": [row for row in rows if str(row["network"]).startswith("cifar_")],
+        "static, by depth": [row for row in rows if str(row["network"]) in NAMES and row["network"] != "skip"],
+        "static, trained longer": [row for row in rows if row["network"] == f"{DEEPEST}-longer"],
         "stochastic depth, last blocks skipped": [row for row in rows if row["network"] == "skip"],
     }
     for name in dict.fromkeys(str(row["network"]) for row in dynamic):
         own = [row for row in dynamic if row["network"] == name and row["point"] != "learned"]
-        lines[f"learned at {name.rpartition('-')[2]}, other thresholds"] = own
+        lines[f"learned at {name.removeprefix(f'{DYNAMIC}-')}, other thresholds"] = own
     panels = {"cost": "cost", "time_1": "time, batch 1", "time_32": "time, batch 32"}
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for label, found in lines.items():
