@@ -31,7 +31,6 @@ from dg_timm import checkpoint, download
 from dg_timm import cifar as cifar  # this and randwire register the static networks that timm does not have
 from dg_timm import randwire as randwire
 from dg_timm.convert import dynamize
-from dg_timm.random_graphs import Wiring
 from dg_timm.stage import GRAPH_OPTIONS
 
 VARIANTS = (
@@ -80,6 +79,15 @@ def _trained(folder: Path) -> PretrainedCfg:
     return PretrainedCfg(**{**values, "file": str(folder / download.WEIGHTS), "tag": None})
 
 
+def _options_of_trained(cfg: PretrainedCfg) -> dict[str, Any]:
+    """With which graph the network was trained, if it is one that ships; the tensors fit others, too."""
+    folder = Path(str(cfg.file)).parent
+    if folder not in TRAINED.values():
+        return {}
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
+    return {key: value for key, value in made.items() if key in GRAPH_OPTIONS}
+
+
 # Networks that were trained as dynamic ones, by name and tag.
 TRAINED = {folder.name: folder for folder in sorted((Path(__file__).parent / "trained").glob("dg_*"))}
 
@@ -98,12 +106,6 @@ default_cfgs = generate_default_cfgs(
 def _create(
     variant: str,
     pretrained: bool = False,
-    *,
-    edge_scale: bool = True,
-    block_shortcut: bool = True,
-    instance_aware: bool = True,
-    wiring: Wiring = "complete",
-    wiring_seed: int = 0,
     **kwargs: Any,
 ) -> nn.Module:
     """Build ``dg_<variant>``: the static network from timm's own entrypoint, made dynamic, then loaded and wrapped.
@@ -111,9 +113,14 @@ def _create(
     Without weights every node starts from the mean of its predecessors; a static checkpoint starts as the identity.
 
     Args:
-        edge_scale, block_shortcut, instance_aware, wiring, wiring_seed: as in :func:`dg_timm.dynamize`.
-        **kwargs: what timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
+        **kwargs: what :func:`dg_timm.dynamize` takes (``edge_scale``, ``block_shortcut``, ``instance_aware``,
+            ``wiring``, ``wiring_seed``; by default as a network that ships with this package was trained), and what
+            timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
     """
+    cfg, overlay = kwargs.pop("pretrained_cfg", None), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    named = resolve_pretrained_cfg(_twin(variant), cfg, overlay)
+    options = _options_of_trained(named) if pretrained else {}
+    options |= {key: kwargs.pop(key) for key in GRAPH_OPTIONS if key in kwargs}
     static_entrypoint = model_entrypoint(variant)
     module = sys.modules[static_entrypoint.__module__]
     static_filter = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
@@ -128,15 +135,7 @@ def _create(
                     f"timm's {variant}; a model saved by a newer dg_timm may need that version"
                 ) from error
             raise
-        return dynamize(
-            static,
-            identity=False,
-            edge_scale=edge_scale,
-            block_shortcut=block_shortcut,
-            instance_aware=instance_aware,
-            wiring=wiring,
-            wiring_seed=wiring_seed,
-        )
+        return dynamize(static, identity=False, **options)
 
     # `blocks` of an EfficientNet is a Sequential of stages, which timm's feature wrappers must look into
     feature_cfg = {"flatten_sequential": True, **kwargs.pop("feature_cfg", {})}
@@ -149,8 +148,6 @@ def _create(
         raise TypeError(
             f"{_twin(variant)}: pretrained_strict=False would leave parts of the network random; leave it out"
         )
-    cfg, overlay = kwargs.pop("pretrained_cfg", None), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    named = resolve_pretrained_cfg(_twin(variant), cfg, overlay)
     try:
         located = download.locate(named.to_dict(), kwargs.get("cache_dir")) if pretrained else {}
         model = build_model_with_cfg(

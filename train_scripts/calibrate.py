@@ -11,7 +11,8 @@ threshold on the images that accuracy is reported for flatters it: give ``--val-
 
 A network was normalised for what its own thresholds let through. ``--refit-norms N`` takes the statistics of its norms
 anew at every other threshold, over N training images (``dg_timm.budget.refit_norms``): without them accuracy falls far
-below what the same weights can do.
+below what the same weights can do. (These images are not augmented, which suits test images better and can alone be
+worth half a point, to any network; the point *learned* is left as it was trained.)
 """
 
 import argparse
