@@ -23,14 +23,10 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # tit
     "skip": ("static chain, stochastic depth 0.2", {}, {"model": STATIC, "drop-path": 0.2}),
     "alpha_b": ("alpha_b: weights for each image", {}, {}),
     "alpha": ("alpha: learned weights, the same for all images", SAME, {}),
+    "alpha_no_shortcut": ("alpha without the blocks' shortcuts", {"block_shortcut": False, **SAME}, {}),
     "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}, {}),
-    "alpha_no_shortcut": (
-        "alpha without the blocks' shortcuts",
-        {"block_shortcut": False, **SAME},
-        {},
-    ),
     "paper": (
-        "... and without edge scales: the paper to the letter",
+        "alpha_b without shortcuts and edge scales: the paper to the letter",
         {"block_shortcut": False, "edge_scale": False},
         {},
     ),
