@@ -82,7 +82,7 @@ def _trained(folder: Path) -> PretrainedCfg:
 def _options_of_trained(cfg: PretrainedCfg) -> dict[str, Any]:
     """With which graph the network was trained, if it is one that ships; the tensors fit others, too."""
     folder = Path(str(cfg.file)).parent
-    if folder not in TRAINED.values():
+    if cfg.state_dict is not None or folder not in TRAINED.values():  # the former is loaded where there is one
         return {}
     made = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_args"]
     return {key: value for key, value in made.items() if key in GRAPH_OPTIONS}
