@@ -4,8 +4,10 @@ import argparse
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,8 @@ def test_the_full_size_has_folders_of_its_own():
 
 
 def keep(args, cell, **changed):
-    kept = {"options": {"seed": str(cell.seed), **cell.options, **changed}, "figures": {"eval_top1": 50.0 + cell.seed},
-            "seconds": 1.0, "hardware": "none"}  # fmt: skip
+    options = {**cells_module._Bench(args).options(cell), **changed}
+    kept = {"options": options, "figures": {"eval_top1": 50.0 + cell.seed}, "seconds": 1.0, "hardware": "none"}
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"{cell.folder}.json").write_text(json.dumps(kept))
 
@@ -82,7 +84,14 @@ def test_results_of_other_options_are_refused(tmp_path):
     args = options(tmp_path)
     cell = Cell("a", {"model": "x"})
     keep(args, cell, model="y")
-    with pytest.raises(ValueError, match=r"a-0\.json is of other options \(model\); give another --results"):
+    with pytest.raises(ValueError, match=r"of other options \(model: y there, x now\); give another --results"):
+        run([cell], args)
+    keep(args, cell)
+    args.data = "uoft-cs/cifar10"
+    with pytest.raises(ValueError, match="data: digits there, uoft-cs/cifar10 now"):
+        run([cell], args)
+    (args.results / "a-0.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a-0\.json is no result of a cell .*; move it away"):
         run([cell], args)
     with pytest.raises(ValueError, match="two cells have one name"):
         run([Cell("b"), Cell("b")], args)
@@ -93,19 +102,124 @@ def test_what_a_cell_starts_from_is_trained_again_only_if_its_network_is_gone(tm
     first = Cell("first", {"model": "x"})
     keep(args, first)
     trained = []
-    monkeypatch.setattr(cells_module._Bench, "train", lambda self, cell: trained.append(cell.folder) or True)
+    monkeypatch.setattr(cells_module._Bench, "train", lambda self, cell: trained.append(cell.folder) or "")
     second = Cell("second", {"model": "x"}, 0, {"initial-checkpoint": first})
     run([first, second], args)
     assert trained == ["first-0", "second-0"]  # in this order
     trained.clear()
     (args.output / "first-0" / "run" / "checkpoints" / "last").mkdir(parents=True)
     run([first, second], args)
+    assert trained == ["first-0", "second-0"]  # the run was not finished
+    trained.clear()
+    (args.output / "first-0" / "finished.json").write_text(json.dumps(cells_module._Bench(args).options(first)))
+    run([first, second], args)
     assert trained == ["second-0"]
+    keep(args, second)
+    trained.clear()
+    run([first, second], args)
+    assert trained == []
+    run([first, second], args, networks=True)
+    assert trained == ["second-0"]
+
+
+def test_what_needs_a_cell_that_failed_is_not_trained(tmp_path, monkeypatch):
+    args = options(tmp_path)
+    trained = []
+
+    def train(self, cell):
+        trained.append(cell.folder)
+        return "failed (1)" if cell.name == "first" else ""
+
+    monkeypatch.setattr(cells_module._Bench, "train", train)
+    first = Cell("first")
+    second = Cell("second", {}, 0, {"distill": first})
+    third = Cell("third", {}, 0, {"initial-checkpoint": second})
+    with pytest.raises(RuntimeError, match=r"first-0 failed \(1\); second-0 needs first-0; third-0 needs second-0"):
+        run([first, second, third, Cell("other")], args)
+    assert trained == ["first-0", "other-0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--set", "epochs"], "give OPTION=VALUE"),
+        (["--jobs", "0"], "--jobs"),
+        (["--seeds", "0", "0"], "a seed stands twice"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--output", __file__], "is no folder"),
+        (["--collect"], "error: no cell is finished in"),
+        (["--set", "epochz=1"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_named_without_a_traceback(given, said, tmp_path):
+    common = [
+        "--data",
+        "digits",
+        "--results",
+        str(tmp_path / "r"),
+        *([] if "--output" in given else ["--output", str(tmp_path / "o")]),
+    ]
+    command = [sys.executable, SCRIPTS / "experiments" / "ablation.py", *common, "--only", "static", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "r").glob("*"))
+
+
+def test_a_table_is_not_overwritten_by_one_with_fewer_networks(tmp_path):
+    file = tmp_path / "budgets.csv"
+    file.write_text("network,point\na,learned\na,0.1\nb,\n")
+    budgets.keep_rows(file, {"a", "b", "c"})
+    with pytest.raises(ValueError, match=r"budgets\.csv holds b, which these options leave out"):
+        budgets.keep_rows(file, {"a"})
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_trainings_and_the_same_command_goes_on(tmp_path):
+    more = [
+        "--set",
+        "epochs=40",
+        "warmup-epochs=0",
+        "train-limit=256",
+        "val-limit=64",
+        "batch-size=32",
+        "image-size=16",
+    ]
+    common = [
+        "--data",
+        "digits",
+        "--results",
+        tmp_path / "r",
+        "--output",
+        tmp_path / "o",
+        "--only",
+        "static",
+        "--seeds",
+        "0",
+    ]
+    command = [sys.executable, SCRIPTS / "experiments" / "ablation.py", *common, *more]
+    with (tmp_path / "said").open("w") as said:
+        first = subprocess.Popen(command, stderr=said)
+    log = tmp_path / "o" / "static-0" / "log.txt"
+    while not (log.exists() and "epoch 2" in log.read_text()):
+        assert first.poll() is None
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(120) == 128 + signal.SIGTERM
+    assert "the same command goes on" in (tmp_path / "said").read_text()
+    assert "stopped by signal 15; saved" in log.read_text()
+    assert not (tmp_path / "r").exists()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "r" / "static-0.json").exists()
 
 
 def test_cells_that_fail_are_named_after_the_others_are_done(tmp_path):
     args = options(tmp_path, "--jobs", "2")
-    with pytest.raises(RuntimeError, match=r"wrong-0, no_data-0 failed; see log\.txt"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"wrong-0 failed \(2\): error: no_such_model is no .*; no_data-0 failed \(2\): error: /no/such/folder",
+    ):
         run([Cell("wrong", {"model": "no_such_model"}), Cell("no_data", {"data": "/no/such/folder"})], args)
     assert "no_such_model" in (args.output / "wrong-0" / "log.txt").read_text()
 
@@ -128,7 +242,7 @@ def test_every_experiment_has_its_cells():
     wired = [cell for cell in found if "wiring" in cell.options.get("model-kwargs", {})]
     assert all(cell.options["model-kwargs"]["wiring_seed"] == cell.seed for cell in wired)
     chained = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], False)
-    assert len({cell.folder for cell in chained}) == len(chained) == 13
+    assert len({cell.folder for cell in chained}) == len(chained) == 11
     assert all(other in chained for cell in chained for other in cell.networks.values())
     full = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], True)
     assert not any(cell.networks for cell in full)
@@ -159,14 +273,14 @@ def test_an_experiment_runs_and_a_rerun_of_a_cell_gives_its_csv(tmp_path):
 def test_the_curve_of_budgets_and_the_paths_of_images(tmp_path):
     places = ("--output", tmp_path / "out", "--results", tmp_path / "kept")
     done = script("experiments/budgets.py", "--data", "digits", "--only", "dg_cifar_resnet26", "cifar_resnet26", "skip",
-                  "cifar_resnet8", "--target-cost", 0.5, "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
+                  "cifar_resnet14", "--target-cost", 0.5, "--points", 3, "--rounds", 2, *places, *TINY)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "kept" / "budgets.csv")
     assert [row["network"] for row in rows].count("dg_cifar_resnet26-0.5") == 4
     assert [row["network"] for row in rows].count("skip") == 4
     costs = {row["network"]: float(row["cost"]) for row in rows}
     assert costs["cifar_resnet26"] == 1.0
-    assert costs["cifar_resnet8"] == pytest.approx(0.226, abs=0.01)
+    assert costs["cifar_resnet14"] == pytest.approx(0.485, abs=0.01)
     assert not any("time" in key for key in rows[0])
     looked = script("experiments/paths.py", "--data", "digits", "--static", tmp_path / "out" / "cifar_resnet26-0",
                     "--model", tmp_path / "out/dg_cifar_resnet26-0.5-0/run/checkpoints/last",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import SCRIPTS, Cell, Result, parse, run, write_csv
+from cells import SCRIPTS, Cell, Result, guarded, parse, run, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
@@ -31,13 +31,14 @@ import calibrate
 
 import dg_timm
 from dg_timm.budget import refit_norms
-from dg_timm.training import models
+from dg_timm.training import arguments, models
 from dg_timm.training.report import hardware, write_beside
 
 DEEPEST = "cifar_resnet26"
 DYNAMIC = f"dg_{DEEPEST}"
-NAMES = (DYNAMIC, DEEPEST, "cifar_resnet20", "cifar_resnet14", "cifar_resnet8", "skip")
+NAMES = (DYNAMIC, DEEPEST, "cifar_resnet20", "cifar_resnet14", "skip")
 TIMED = (1, 32)
+BROKEN = 50.0  # top-1 (%) below which a point is not drawn
 GRAPH = {"model-kwargs": {"block_shortcut": False}}  # of the dynamic network: the better one in ablation.py
 Row = dict[str, Any]
 
@@ -143,6 +144,14 @@ def measure(results: Sequence[Result], args: argparse.Namespace) -> list[Row]:
     return [row | {"time_rounds": args.rounds, "time_hardware": hardware()} for row in rows]
 
 
+def keep_rows(file: Path, names: set[str]) -> None:
+    """ValueError if a table holds networks that a new one would not."""
+    if file.exists():
+        lost = sorted({line.partition(",")[0] for line in file.read_text().splitlines()[1:]} - names)
+        if lost:
+            raise ValueError(f"{file} holds {', '.join(lost)}, which these options leave out; give another --results")
+
+
 def parse_data(args: argparse.Namespace) -> argparse.Namespace:
     """Options of calibrate.py for the data of this experiment."""
     parser = argparse.ArgumentParser()
@@ -185,7 +194,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels = {"cost": "cost", "time_1": "time, batch 1", "time_32": "time, batch 32"}
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for label, found in lines.items():
-            ordered = sorted(found, key=lambda row: float(row[key]))
+            ordered = sorted((row for row in found if row["refitted"] > BROKEN), key=lambda row: float(row[key]))
             axes.plot([row[key] for row in ordered], [row["refitted"] for row in ordered], "o-", label=label)
         axes.set_xlabel(f"{title} / {DEEPEST}'s")
         axes.set_ylabel("top-1 (%), norms refitted")
@@ -196,10 +205,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--target-cost", type=float, nargs="+", default=[0.5, 0.4])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--points", type=int, default=8, help="thresholds of the dynamic network")
-    parser.add_argument("--rounds", type=int, default=9, help="of timing")
+    parser.add_argument("--target-cost", type=arguments.share, nargs="+", default=[0.6, 0.5])
+    parser.add_argument("--seed", type=arguments.natural, default=0)
+    parser.add_argument("--points", type=arguments.positive, default=5, help="thresholds of the dynamic network")
+    parser.add_argument("--rounds", type=arguments.positive, default=7, help="of timing")
     parser.add_argument(
         "--distill", action="store_true", help="then four epochs more, from the static network's logits"
     )
@@ -208,7 +217,12 @@ def main() -> int:
     torch.set_num_threads(1)
     if args.distill and not {DYNAMIC, DEEPEST} <= set(args.only):
         parser.error(f"--distill needs {DYNAMIC} and {DEEPEST}; --only leaves one out")
-    results = run(cells(args.only, args.seed, args.target_cost, args.full, args.distill), args)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: a ratio needs a spread")
+    planned = cells(args.only, args.seed, args.target_cost, args.full, args.distill)
+    if not args.train_only:
+        keep_rows(args.results / "budgets.csv", {cell.name for cell in planned})
+    results = run(planned, args, networks=True)
     if args.train_only:
         return 0
     rows = measure(results, args)
@@ -222,4 +236,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

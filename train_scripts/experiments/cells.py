@@ -9,17 +9,22 @@ import argparse
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import yaml
 from scipy import stats
 
+from dg_timm.training.arguments import positive
 from dg_timm.training.report import hardware, write_beside
 
 SCRIPTS = Path(__file__).parents[1]
@@ -77,42 +82,69 @@ def parse(
     parser.add_argument(
         "--results", type=Path, help=f"of what is kept (default: {RESULTS.name}/{name}, or {name}_full)"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells side by side")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="cells side by side")
     parser.add_argument("--collect", action="store_true", help="train nothing: read the cells that are finished")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="in place of every cell's, e.g. epochs=1"
     )
     args = parser.parse_args(argv)
+    for text in args.set:
+        if not re.fullmatch(r"[a-z][a-z-]*=.*", text):
+            parser.error(f"--set {text}: give OPTION=VALUE, such as epochs=1")
+    if len(set(getattr(args, "seeds", []))) < len(getattr(args, "seeds", [])):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands twice")
     folder = f"{name}_full" if args.full else name
     args.output = args.output or Path("output") / folder
     args.results = args.results or RESULTS / folder
+    for given in (args.output, args.results):
+        if given.exists() and not given.is_dir():
+            parser.error(f"{given} is no folder")
     return args
 
 
-def run(cells: Sequence[Cell], args: argparse.Namespace) -> list[Result]:
+def guarded(main: Callable[[], int]) -> int:
+    """Run a script's ``main``; what the user can mend ends in one line, not in a traceback."""
+    try:
+        return main()
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(cells: Sequence[Cell], args: argparse.Namespace, networks: bool = False) -> list[Result]:
     """Train what is not trained yet; of every finished cell, in order, its result.
 
+    Args:
+        networks: train finished cells again, too, whose networks are gone.
+
     Raises:
-        ValueError: if results are those of other options, or two cells have one name.
-        RuntimeError: naming the cells that failed, after all others are done.
+        ValueError: if results are those of other options, data or recipes, or two cells have one name.
+        RuntimeError: naming the cells that failed, after all others are done that do not need them.
+        SystemExit: after SIGTERM or SIGINT, once the trainings under way have stopped and saved.
     """
     bench = _Bench(args)
     if len({cell.folder for cell in cells}) != len(cells):
         raise ValueError("two cells have one name")
-    done = {cell.folder for cell in cells if bench.read(cell) is not None}
-    needed = {cell for cell in cells if cell.folder not in done}
+    wanted = networks and not args.collect
+    needed = {cell for cell in cells if bench.read(cell) is None or (wanted and not bench.has_network(cell))}
     for cell in reversed(cells):  # a cell stands after those whose networks it takes
         if cell in needed:
-            needed |= {other for other in cell.networks.values() if not bench.network(other).exists()}
-    failed: list[str] = []
+            needed |= {other for other in cell.networks.values() if not bench.has_network(other)}
     wave = [] if args.collect else [cell for cell in cells if cell in needed]
-    while wave:
-        ready = [cell for cell in wave if not any(other in wave for other in cell.networks.values())]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            failed += [cell.folder for cell, ok in zip(ready, pool.map(bench.train, ready), strict=True) if not ok]
-        wave = [cell for cell in wave if cell not in ready]
+    failed: dict[Cell, str] = {}
+    with bench.listening():
+        while wave:
+            for cell in wave:
+                lost = next((other for other in cell.networks.values() if other in failed), None)
+                if lost is not None:
+                    failed[cell] = f"needs {lost.folder}"
+            wave = [cell for cell in wave if cell not in failed]
+            ready = [cell for cell in wave if not any(other in wave for other in cell.networks.values())]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                failed |= {c: why for c, why in zip(ready, pool.map(bench.train, ready), strict=True) if why}
+            wave = [cell for cell in wave if cell not in ready]
     if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed; see log.txt in {args.output}/<cell>")
+        raise RuntimeError("; ".join(f"{cell.folder} {why}" for cell, why in failed.items()))
     return [result for cell in cells if (result := bench.read(cell)) is not None]
 
 
@@ -120,14 +152,27 @@ class _Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.overrides = dict(text.partition("=")[::2] for text in args.set)
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped_by: Optional[int] = None
+        self.refused = False  # options or data that no cell can be trained with
 
     def network(self, cell: Cell) -> Path:
         path: Path = self.args.output / cell.folder / "run" / "checkpoints" / "last"
         return path
 
-    def options(self, cell: Cell) -> dict[str, str]:
-        """As they are kept: text, with the names of the cells whose networks it takes."""
-        options = {key: _text(value) for key, value in self._given(cell).items()}
+    def has_network(self, cell: Cell) -> bool:
+        """Whether its training in this ``--output`` came to its end."""
+        done = self.args.output / cell.folder / "finished.json"
+        return done.exists() and json.loads(done.read_text()) == self.options(cell) and self.network(cell).exists()
+
+    def options(self, cell: Cell) -> dict[str, Any]:
+        """As they are kept: text, with the names of data and of the cells whose networks it takes, and the recipe."""
+        options: dict[str, Any] = {key: _text(value) for key, value in self._given(cell).items()}
+        data = options.get("data", self.args.data)
+        options["data"] = Path(data).name if Path(data).exists() else data
+        recipe = SCRIPTS / "recipes" / f"{options.get('recipe')}.yaml"
+        if recipe.exists():
+            options["of_recipe"] = yaml.safe_load(recipe.read_text())
         return options | {key: other.folder for key, other in cell.networks.items()}
 
     def _given(self, cell: Cell) -> dict[str, Any]:
@@ -137,19 +182,48 @@ class _Bench:
         file = self.args.results / f"{cell.folder}.json"
         if not file.exists():
             return None
-        kept: dict[str, Any] = json.loads(file.read_text())
-        now, then = self.options(cell), kept["options"]
-        differ = sorted(key for key in {*now, *then} if now.get(key) != then.get(key))
+        try:
+            kept: dict[str, Any] = json.loads(file.read_text())
+            now, then = self.options(cell), kept["options"]
+            differ = sorted(key for key in {*now, *then} if now.get(key) != then.get(key))
+            result = Result(cell, kept["figures"], kept["seconds"], kept["hardware"], self.network(cell))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is no result of a cell ({error!r}); move it away") from error
         if differ:
-            raise ValueError(f"{file} is of other options ({', '.join(differ)}); give another --results and --output")
-        return Result(cell, kept["figures"], kept["seconds"], kept["hardware"], self.network(cell))
+            shown = ", ".join(f"{key}: {then.get(key)} there, {now.get(key)} now" for key in differ)
+            raise ValueError(f"{file} is of other options ({shown}); give another --results and --output")
+        return result
 
-    def train(self, cell: Cell) -> bool:
-        """Whether it ran to its end; its result is then kept."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and SIGINT reach the trainings, which save and end; then this process does."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = number
+            for process in tuple(self.running):
+                if number == signal.SIGTERM:  # a terminal sends SIGINT to all of them itself
+                    process.send_signal(number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+            if self.stopped_by is not None:
+                print("stopped; the same command goes on", file=sys.stderr)
+                sys.exit(128 + self.stopped_by)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def train(self, cell: Cell) -> str:
+        """Train to the end and keep the result; otherwise why not."""
+        if self.stopped_by is not None or self.refused:
+            return "was not started"
         folder: Path = self.args.output / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "finished.json").unlink(missing_ok=True)
         options = self.options(cell)
-        given = options | {key: str(value) for key, value in self._given(cell).items() if isinstance(value, Path)}
+        given = {key: _text(value) for key, value in self._given(cell).items()}
+        given |= {key: str(value) for key, value in self._given(cell).items() if isinstance(value, Path)}
         given |= {key: str(self.network(other)) for key, other in cell.networks.items()}
         command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
                    "--resume", "auto"]  # fmt: skip
@@ -160,12 +234,15 @@ class _Bench:
             ]
         print(f"{cell.folder} begins", flush=True)
         with (folder / "log.txt").open("a") as log:
-            status = subprocess.run(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-            ).returncode
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.running.add(process)
+            status = process.wait()
+            self.running.discard(process)
         if status != 0:
+            self.refused = self.refused or (status == 2 and not (folder / "run" / "summary.csv").exists())
+            said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
             print(f"{cell.folder} failed ({status})", flush=True)
-            return False
+            return f"failed ({status}): {said[0][:500]} (all of it: {folder / 'log.txt'})"
         with (folder / "run" / "summary.csv").open() as file:
             rows = list(csv.DictReader(file))
         figures = {key: float(value) for key, value in rows[-1].items() if key not in _TIMED and value != ""}
@@ -178,8 +255,9 @@ class _Bench:
             self.args.results.mkdir(parents=True, exist_ok=True)
             kept = {"options": options, "figures": figures, "seconds": seconds, "hardware": hardware()}
             write_beside(self.args.results / f"{cell.folder}.json", json.dumps(kept, indent=1) + "\n")
+        write_beside(folder / "finished.json", json.dumps(options, indent=1) + "\n")
         print(f"{cell.folder}: top-1 {figures['eval_top1']:.2f} % after {seconds:.0f} s", flush=True)
-        return True
+        return ""
 
 
 def _text(value: Any) -> str:
@@ -204,7 +282,7 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> tuple[floa
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table without times: the same cells give the same file."""
+    """A table; one without times is the same file wherever the cells are the same."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [",".join(keys), *(",".join(str(row.get(key, "")) for key in keys) for row in rows)]
     write_beside(file, "\n".join(lines) + "\n")

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from dg_timm.training.report import write_beside
 
+DEAD = 20.0  # points below the base
+
 
 def write(results: Sequence[Result], titles: Mapping[str, str], base: str, folder: Path, name: str) -> None:
     """``NAME.csv`` (a row a cell, no times), ``NAME.md`` and ``NAME.png``; the table is printed, too.
@@ -54,12 +56,16 @@ def table(results: Sequence[Result], titles: Mapping[str, str], base: str) -> st
 
 
 def draw(results: Sequence[Result], titles: Mapping[str, str], base: str, path: Path) -> None:
-    """Differences from the base: a dot a seed, and the 95 % interval of the mean."""
+    """Differences from the base: a dot a seed, and the 95 % interval of the mean; dead networks are left out."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     of_base = by_seed(results, base)
-    drawn = [name for name in titles if name != base and by_seed(results, name).keys() & of_base.keys()]
+    drawn = [
+        name for name in titles
+        if name != base and (found := by_seed(results, name)).keys() & of_base.keys()
+        and max(found.values()) > min(of_base.values()) - DEAD
+    ]  # fmt: skip
     for row, name in enumerate(reversed(drawn)):
         found = by_seed(results, name)
         axes.plot(

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from cells import Cell, parse, run
+from cells import Cell, guarded, parse, run
 from comparison import write
+
+from dg_timm.training.arguments import natural
 
 STATIC = "tf_efficientnet_lite0"
 TITLES = {"static": STATIC, "dynamic": f"dg_{STATIC}"}
@@ -30,15 +32,16 @@ def cells(seeds: Sequence[int], weights: Optional[Path], full: bool) -> list[Cel
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="safetensors of the static network; by default the published ones")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2])
     args = parse(parser, "finetuning", "all images at 96 px, 10 epochs")
+    if args.weights is not None and not args.weights.is_file():
+        raise ValueError(f"--weights {args.weights} is no file")
     results = run(cells(args.seeds, args.weights, args.full), args)
     if not results:
-        print("no cell is finished")
-        return 1
+        raise ValueError(f"no cell is finished in {args.results}; run without --collect")
     write(results, TITLES, "static", args.results, "finetuning")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

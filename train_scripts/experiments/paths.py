@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cells import RESULTS, SCRIPTS, write_csv
+from cells import RESULTS, SCRIPTS, guarded, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
@@ -27,6 +27,7 @@ sys.path.insert(0, str(SCRIPTS))
 import calibrate
 
 import dg_timm
+from dg_timm.checkpoint import graph_stages
 from dg_timm.cost import relative_cost
 from dg_timm.introspect import record_adjacency
 from dg_timm.training import models
@@ -154,11 +155,14 @@ def main() -> int:
     folder = folder / "run/checkpoints/last" if (folder / "run").exists() else folder
     if not (folder / "config.json").exists():
         print(
-            f"error: {folder} has no network; train it: budgets.py --only cifar_resnet26 --train-only", file=sys.stderr
+            f"error: {folder} has no network; train it: budgets.py --full --only cifar_resnet26 --train-only",
+            file=sys.stderr,
         )
         return 2
     model: Any = models.create(args.model, pretrained=not models.names_weights(args.model)).eval()
     static = models.create(str(folder)).eval()
+    if graph_stages(static) or not graph_stages(model):
+        raise ValueError(f"--static {args.static} must be a static network and --model {args.model} a dynamic one")
     args.refit_norms = 0
     batches, _ = calibrate.load_batches(args, model)
     looked = look(model, static, batches)
@@ -193,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -14,13 +14,14 @@ import timm
 from cells import RESULTS, write_csv
 
 import dg_timm
+from dg_timm.training.arguments import positive
 
 PAPER = {"er": ("ER (P=0.2)", 602), "ba": ("BA (M=5)", 582), "ws": ("WS (K=4, P=0.75)", 572), "chain": ("DG-Net", 611)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=positive, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS / "randwire")
     args = parser.parse_args()
     rows = []

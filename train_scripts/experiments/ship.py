@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from budgets import DEEPEST, DYNAMIC, TIMED, cells
-from cells import SCRIPTS, parse, run
+from cells import SCRIPTS, guarded, parse, run
 
 sys.path.insert(0, str(SCRIPTS))
 import calibrate
@@ -48,8 +48,10 @@ def main() -> int:
         return 2
     cell = results[name]
     measured = rows_of(args.results / "times.csv")
-    own = next(row for row in measured if row["network"] == name and row["point"] == "learned")
-    static = next(row for row in measured if row["network"] == beside)
+    own = next((row for row in measured if row["network"] == name and row["point"] == "learned"), None)
+    static = next((row for row in measured if row["network"] == beside), None)
+    if own is None or static is None:
+        raise ValueError(f"{args.results / 'times.csv'} has no row of {name} or {beside}; run budgets.py")
     trainings = [cell]
     while (before := trainings[0].cell.networks.get("initial-checkpoint")) is not None:
         trainings.insert(0, results[before.name])
@@ -117,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
