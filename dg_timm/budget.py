@@ -158,16 +158,18 @@ def refit_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: training images without augmentation, at least a few hundred; every batch of one size.
 
     Raises:
-        ValueError: if there is no image; the model is then left as it was.
+        ValueError: if there is no image, or one that leads to statistics that are not finite. Whatever is raised, the
+            model is then left as it was.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, {name: own.clone() for name, own in norm.named_buffers()}) for norm in norms]
     batches = iter(batches)
     first = next(batches, None)
     if first is None or not len(first):
         raise ValueError("no images: give at least one batch (batch, channels, height, width)")
     sparse = [stage for stage in graph_stages(model).values() if stage.execution == "sparse"]
+    done = False
     try:
         for stage in sparse:
             stage.execution = "dense"
@@ -178,13 +180,19 @@ def refit_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.train()
         for images in itertools.chain([first], batches):
             model(images)
+        if not all(bool(own.isfinite().all()) for norm in norms for own in norm.buffers()):
+            raise ValueError("the statistics are not finite: an image has values that are no numbers")
+        done = True
     finally:
         for stage in sparse:
             stage.execution = "sparse"
         for module, training in modes.items():
             module.training = training
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
+            for name, own in norm.named_buffers():
+                if not done:
+                    own.copy_(buffers[name])
 
 
 def calibrate(

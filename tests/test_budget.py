@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import FAMILIES, randomize_graph, static_and_dynamic
+from conftest import FAMILIES, randomize, randomize_graph, static_and_dynamic
 
 import dg_timm
 from dg_timm.budget import (
@@ -270,3 +270,35 @@ def test_a_node_is_priced_at_every_edge_that_keeps_it_open():
         slopes = [float(stage.get_submodule(f"router{i}").scale.grad[3 - i]) for i in range(4)]  # edges into block 4
         assert min(slopes) > 0
         assert max(slopes) < 2 * min(slopes)
+
+
+@pytest.mark.parametrize("bad", [[torch.zeros(2, 5, 32, 32)], [torch.full((2, 3, 32, 32), float("nan"))], []])
+def test_refitting_that_fails_leaves_the_model_as_it_was(bad):
+    model = randomize(timm.create_model("dg_cifar_resnet20"))
+    before = {name: own.clone() for name, own in model.state_dict().items()}
+    with pytest.raises((ValueError, RuntimeError)):
+        refit_norms(model, bad)
+    assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("path", [[0, 1, 3, 4], [0, 3, 4], [0, 1, 4]])
+def test_one_open_edge_a_node_skips_blocks(path):
+    """SkipNet as a graph: the blocks on the path run, the others do not, and nothing else changes."""
+    static, model = static_and_dynamic("dg_cifar_resnet20")
+    for name, stage in graph_stages(model).items():
+        blocks = static.get_submodule(name)
+        # block 1 of the later stages changes shape and always stands in the static chain; node 0 is its shortcut
+        own = path if name == "layer1" else [0, 1, *[n for n in path if n > 1]]
+        for node, router in ((n, stage.get_submodule(f"router{n}")) for n in range(4)):
+            router.scale.data.zero_()
+            if node in own[:-1]:
+                router.scale.data[own[own.index(node) + 1] - node - 1] = 2.0
+            router.threshold.data.fill_(0.5)
+        setattr(static, name, torch.nn.Sequential(*[blocks[n - 1] for n in own[1:-1]]))
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), static(x))
+        dg_timm.set_execution(model, "sparse")
+        torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-4)
+    assert (dg_timm.cost(model, x) < 1).all()

@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "cifar10"
 
 
+def test_one_ships():
+    assert "dg_cifar_resnet26.cifar10" in TRAINED
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_loads_offline_under_its_name(name):
     model = timm.create_model(name, pretrained=True).eval()  # the tests are offline (conftest)

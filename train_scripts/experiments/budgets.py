@@ -1,6 +1,6 @@
 """Accuracy, cost and measured time on CIFAR-10: a network that learned to close, shallower static ones, skipped blocks.
 
-    python train_scripts/experiments/budgets.py --data path/to/cifar10            # three hours on two cores
+    python train_scripts/experiments/budgets.py --data path/to/cifar10            # three hours of one core
     python train_scripts/experiments/budgets.py --data uoft-cs/cifar10 --full     # a quarter of an hour on a GPU
 
 Every network is trained at 16 px and then at 32 px, for the same number of epochs. The dynamic one learns a target cost

@@ -56,6 +56,8 @@ def main() -> int:
     while (before := trainings[0].cell.networks.get("initial-checkpoint")) is not None:
         trainings.insert(0, results[before.name])
     model = models.create(str(cell.network)).eval()
+    if len(names := model.pretrained_cfg["label_names"]) != 10 or "airplane" not in names:
+        raise ValueError(f"{name} in {args.output} knows {', '.join(names[:3])} ...: the card is about CIFAR-10")
     args_ = argparse.ArgumentParser()
     calibrate.add_options(args_)
     batches, _ = calibrate.load_batches(
