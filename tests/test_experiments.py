@@ -300,7 +300,8 @@ def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     common = ("calibrate.py", tmp_path / "run", "--data", "digits", "--val-limit", 64, "--rounds", 2, "--threads", 1)
     shown = script(*common, "--thresholds", 0, 0.4, 3, "--time-batch", 8, "--target-cost", 0.7, "--refit-norms", 64,
-                   "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png")  # fmt: skip
+                   "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png",
+                   "--save", tmp_path / "at_0.7")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     rows = rows_of(tmp_path / "curve.csv")
     assert [row["threshold"] for row in rows] == ["learned", "0.0", "0.4", "3.0"]
@@ -309,10 +310,18 @@ def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
     assert all(float(row["time_8"]) > 0 for row in rows)
     chosen = json.loads(shown.stdout.splitlines()[-1])
     assert chosen["cost"] <= 0.7
+    kept = script("calibrate.py", tmp_path / "at_0.7", *common[2:], "--thresholds", 9, "--time-batch", "--csv",
+                  tmp_path / "kept.csv")  # fmt: skip
+    assert kept.returncode == 0, kept.stderr
+    again = rows_of(tmp_path / "kept.csv")[0]
+    assert (again["threshold"], float(again["cost"])) == ("learned", chosen["cost"])
+    assert float(again["top1"]) == chosen["top1"]
     assert (tmp_path / "curve.png").stat().st_size > 1000
     for more, message in (
         (("--thresholds", 0, "--time-batch", "--target-cost", 0.01), "no threshold of the curve keeps to 0.01"),
         (("--time-batch", "--target-time", 0.5), "--target-time needs a --time-batch"),
+        (("--save", tmp_path / "x"), "give --target-cost or --target-time"),
+        (("--target-cost", 0.7, "--save", tmp_path / "at_0.7"), "is there already; give a new folder"),
         (("--time-batch", 999), "a batch of 999 can't be timed with 64 images"),
     ):
         refused = script(*common, *more)

@@ -3,6 +3,7 @@
     python train_scripts/calibrate.py dg_cifar_resnet26.cifar10 --data path/to/cifar10
     python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6
     python train_scripts/calibrate.py output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
+    python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6 --save output/at_0.6
 
 The curve: at each threshold (``dg_timm.set_threshold``; *learned*: the network's own), top-1 and mean cost over the
 images, the standard deviation of the cost between images (0: all take the same path), and the time in sparse execution
@@ -12,7 +13,8 @@ threshold on the images that accuracy is reported for flatters it: give ``--val-
 A network was normalised for what its own thresholds let through. ``--refit-norms N`` takes the statistics of its norms
 anew at every other threshold, over N training images (``dg_timm.budget.refit_norms``): without them accuracy falls far
 below what the same weights can do. (These images are not augmented, which suits test images better and can alone be
-worth half a point, to any network; the point *learned* is left as it was trained.)
+worth half a point, to any network; the point *learned* is left as it was trained.) ``--save`` keeps the network of the
+chosen point, with its threshold and norms, as one that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 import dg_timm
 from dg_timm.budget import refit_norms
-from dg_timm.checkpoint import graph_stages
+from dg_timm.checkpoint import graph_stages, routers
 from dg_timm.cost import relative_cost
 from dg_timm.introspect import record_adjacency
 from dg_timm.training import arguments, models
@@ -69,12 +71,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--time-batch", type=arguments.positive, nargs="*", default=[1, 32], help="batch sizes to time")
     parser.add_argument("--rounds", type=arguments.positive, default=7)
     parser.add_argument("--threads", type=arguments.positive, default=torch.get_num_threads())
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the network at the budget's threshold")
     parser.add_argument("--csv", type=Path, help="write the curve")
     parser.add_argument("--plot", type=Path, help="draw it (PNG)")
     add_options(parser)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
+    if args.save and args.target_cost is None and args.target_time is None:
+        parser.error("--save keeps the network at a budget: give --target-cost or --target-time")
+    if args.target_time is not None and not args.time_batch:
+        parser.error("--target-time needs a --time-batch")
+    if args.save and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
+        parser.error(f"--save {args.save} is there already; give a new folder")
+    for path in filter(None, (args.csv, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -297,19 +308,38 @@ def main() -> int:
         if args.plot:
             draw(rows, args.plot)
         if args.target_cost is not None:
-            print(json.dumps(within(rows, args.target_cost, ["cost"])))
-        if args.target_time is not None:
-            print(json.dumps(within(rows, args.target_time, [f"time_{size}" for size in args.time_batch])))
+            best = within(rows, args.target_cost, ["cost"])
+        elif args.target_time is not None:
+            best = within(rows, args.target_time, [f"time_{size}" for size in args.time_batch])
+        else:
+            return 0
+        print(json.dumps(best))
+        if args.save:
+            keep(by_threshold[str(best["threshold"])], best, args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def keep(model: nn.Module, best: Row, args: argparse.Namespace) -> None:
+    """Save a network whose threshold in force becomes its learned one."""
+    dg_timm.set_execution(model, "dense")
+    for router in routers(model).values():
+        if router.fixed_threshold is not None:
+            router.threshold.data.fill_(router.fixed_threshold)
+    dg_timm.set_threshold(model, None)
+    budget = f"cost {args.target_cost:g}" if args.target_cost is not None else f"time {args.target_time:g}"
+    made = {
+        "From": Path(args.model).name,
+        "Threshold": f"{best['threshold']}, chosen for a {budget} on images of {Path(args.data).name}",
+        "There": f"top-1 {best['top1']} % at a cost of {best['cost']}",
+    }
+    dg_timm.save_pretrained(model, args.save, card=dg_timm.Card(made=made))
+
+
 def within(rows: Sequence[Row], target: float, keys: Sequence[str]) -> Row:
     """The most accurate row among those that keep to a budget in every one of ``keys``; ValueError if there is none."""
-    if not keys:
-        raise ValueError("--target-time needs a --time-batch")
     fits = [row for row in rows if all(row[key] <= target for key in keys)]
     if not fits:
         least = min(max(row[key] for key in keys) for row in rows)
