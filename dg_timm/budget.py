@@ -1,5 +1,6 @@
 """Towards a compute budget: costs that can be learned from, a start from which blocks can be skipped, thresholds."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -163,13 +164,13 @@ def refit_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
-    before = [(norm.momentum, {name: own.clone() for name, own in norm.named_buffers()}) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    states = [copy.deepcopy(norm.state_dict()) for norm in norms]
     batches = iter(batches)
     first = next(batches, None)
     if first is None or not len(first):
         raise ValueError("no images: give at least one batch (batch, channels, height, width)")
     sparse = [stage for stage in graph_stages(model).values() if stage.execution == "sparse"]
-    done = False
     try:
         for stage in sparse:
             stage.execution = "dense"
@@ -182,17 +183,17 @@ def refit_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             model(images)
         if not all(bool(own.isfinite().all()) for norm in norms for own in norm.buffers()):
             raise ValueError("the statistics are not finite: an image has values that are no numbers")
-        done = True
+    except BaseException:
+        for norm, state in zip(norms, states, strict=True):
+            norm.load_state_dict(state)
+        raise
     finally:
         for stage in sparse:
             stage.execution = "sparse"
         for module, training in modes.items():
             module.training = training
-        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            for name, own in norm.named_buffers():
-                if not done:
-                    own.copy_(buffers[name])
 
 
 def calibrate(

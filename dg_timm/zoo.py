@@ -103,11 +103,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(
-    variant: str,
-    pretrained: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build ``dg_<variant>``: the static network from timm's own entrypoint, made dynamic, then loaded and wrapped.
 
     Without weights every node starts from the mean of its predecessors; a static checkpoint starts as the identity.

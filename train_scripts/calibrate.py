@@ -19,7 +19,6 @@ chosen point, with its threshold and norms, as one that ``timm.create_model("loc
 
 import argparse
 import copy
-import csv
 import json
 import sys
 import time
@@ -41,7 +40,7 @@ from dg_timm.introspect import record_adjacency
 from dg_timm.training import arguments, models
 from dg_timm.training.loading import Batch
 from dg_timm.training.processes import make_accelerator
-from dg_timm.training.report import hardware
+from dg_timm.training.report import hardware, write_csv
 from dg_timm.training.setup import data_config_of, limit, load_data, make_loader
 from dg_timm.training.sources import Split
 
@@ -345,16 +344,6 @@ def within(rows: Sequence[Row], target: float, keys: Sequence[str]) -> Row:
         least = min(max(row[key] for key in keys) for row in rows)
         raise ValueError(f"no threshold of the curve keeps to {target:g}; the least is {least:g}")
     return max(fits, key=lambda row: float(row["top1"]))
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
 
 
 if __name__ == "__main__":

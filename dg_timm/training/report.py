@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -83,8 +83,8 @@ class Report:
     def write_tables(self) -> None:
         """Write summary.csv and updates.csv."""
         if self.accelerator.is_main_process:
-            _write_csv(self.folder / "summary.csv", self.epochs)
-            _write_csv(self.folder / "updates.csv", self.updates)
+            write_csv(self.folder / "summary.csv", self.epochs)
+            write_csv(self.folder / "updates.csv", self.updates)
 
     def line(self, text: str) -> None:
         """Print once."""
@@ -191,11 +191,12 @@ def write_beside(file: Path, text: str) -> None:
     os.replace(beside, file)
 
 
-def _write_csv(file: Path, rows: list[Row]) -> None:
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a column for every key of any row; the file is replaced as a whole."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     beside = file.with_name(f".{file.name}")
     with beside.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns)
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, file)

@@ -22,7 +22,6 @@ SAME: dict[str, Any] = {"instance_aware": False}  # weights are the same for all
 VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # title, options of the graph, of train.py
     "static": ("static chain", {}, {"model": STATIC}),
     "shallow": ("static chain of half the depth (14 layers)", {}, {"model": "cifar_resnet14"}),
-    "skip": ("static chain, stochastic depth 0.2", {}, {"model": STATIC, "drop-path": 0.2}),
     "alpha_b": ("alpha_b: weights for each image", {}, {}),
     "alpha": ("alpha: learned weights, the same for all images", SAME, {}),
     "alpha_no_shortcut": ("alpha without the blocks' shortcuts", {"block_shortcut": False, **SAME}, {}),

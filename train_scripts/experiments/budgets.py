@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import SCRIPTS, Cell, Result, guarded, parse, run, write_csv
+from cells import SCRIPTS, Cell, Result, guarded, parse, run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
@@ -32,7 +32,7 @@ import calibrate
 import dg_timm
 from dg_timm.budget import refit_norms
 from dg_timm.training import arguments, models
-from dg_timm.training.report import hardware, write_beside
+from dg_timm.training.report import hardware, write_beside, write_csv
 
 DEEPEST = "cifar_resnet26"
 DYNAMIC = f"dg_{DEEPEST}"

@@ -119,7 +119,8 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, networks: bool = False)
 
     Raises:
         ValueError: if results are those of other options, data or recipes, or two cells have one name.
-        RuntimeError: naming the cells that failed, after all others are done that do not need them.
+        RuntimeError: naming the cells that failed, after all others are done that do not need them; what train.py
+            refuses at once ends the experiment.
         SystemExit: after SIGTERM or SIGINT, once the trainings under way have stopped and saved.
     """
     bench = _Bench(args)
@@ -222,8 +223,7 @@ class _Bench:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "finished.json").unlink(missing_ok=True)
         options = self.options(cell)
-        given = {key: _text(value) for key, value in self._given(cell).items()}
-        given |= {key: str(value) for key, value in self._given(cell).items() if isinstance(value, Path)}
+        given = {k: str(v) if isinstance(v, Path) else _text(v) for k, v in self._given(cell).items()}
         given |= {key: str(self.network(other)) for key, other in cell.networks.items()}
         command = [sys.executable, str(SCRIPTS / "train.py"), "--data", self.args.data, "--output", str(folder / "run"),
                    "--resume", "auto"]  # fmt: skip
@@ -279,10 +279,3 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> tuple[floa
         return mean, float("nan"), float("nan"), n
     half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
     return mean, mean - half, mean + half, n
-
-
-def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table; one without times is the same file wherever the cells are the same."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(keys), *(",".join(str(row.get(key, "")) for key in keys) for row in rows)]
-    write_beside(file, "\n".join(lines) + "\n")

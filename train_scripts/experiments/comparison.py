@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cells import Result, paired, write_csv
+from cells import Result, paired
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dg_timm.training.report import write_beside
+from dg_timm.training.report import write_beside, write_csv
 
 DEAD = 20.0  # points below the base
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cells import RESULTS, SCRIPTS, guarded, write_csv
+from cells import RESULTS, SCRIPTS, guarded
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
@@ -32,6 +32,7 @@ from dg_timm.cost import relative_cost
 from dg_timm.introspect import record_adjacency
 from dg_timm.training import models
 from dg_timm.training.loading import Batch
+from dg_timm.training.report import write_csv
 
 TENTHS = 10
 EXAMPLES = 3
@@ -154,11 +155,7 @@ def main() -> int:
     folder = Path(args.static)
     folder = folder / "run/checkpoints/last" if (folder / "run").exists() else folder
     if not (folder / "config.json").exists():
-        print(
-            f"error: {folder} has no network; train it: budgets.py --full --only cifar_resnet26 --train-only",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(f"{folder} has no network; train it: budgets.py --full --only cifar_resnet26 --train-only")
     model: Any = models.create(args.model, pretrained=not models.names_weights(args.model)).eval()
     static = models.create(str(folder)).eval()
     if graph_stages(static) or not graph_stages(model):

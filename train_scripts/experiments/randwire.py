@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import timm
-from cells import RESULTS, write_csv
+from cells import RESULTS
 
 import dg_timm
 from dg_timm.training.arguments import positive
+from dg_timm.training.report import write_csv
 
 PAPER = {"er": ("ER (P=0.2)", 602), "ba": ("BA (M=5)", 582), "ws": ("WS (K=4, P=0.75)", 572), "chain": ("DG-Net", 611)}
 

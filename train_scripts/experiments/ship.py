@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from budgets import DEEPEST, DYNAMIC, TIMED, cells
+from budgets import DEEPEST, DYNAMIC, TIMED, cells, parse_data
 from cells import SCRIPTS, guarded, parse, run
 
 sys.path.insert(0, str(SCRIPTS))
@@ -21,6 +21,7 @@ import calibrate
 import dg_timm
 from dg_timm.card import InferenceTime
 from dg_timm.training import models
+from dg_timm.training.arguments import natural, share
 
 TAG = "cifar10"
 PICTURES = 4
@@ -33,8 +34,8 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="by default that of the package")
-    parser.add_argument("--target-cost", type=float, default=0.6)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target-cost", type=share, default=0.6)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--distill", action="store_true", help="as of budgets.py")
     args = parse(parser, "budgets", "as of budgets.py")
     args.collect = True
@@ -44,8 +45,7 @@ def main() -> int:
     results = {r.cell.name: r for r in run(planned, args)}
     missing = next((cell for cell in planned if cell.name == name and cell.name not in results), None)
     if missing or not results[name].network.exists():
-        print(f"error: {name} is not in {args.results} and {args.output}; train it with budgets.py", file=sys.stderr)
-        return 2
+        raise ValueError(f"{name} is not in {args.results} and {args.output}; train it with budgets.py")
     cell = results[name]
     measured = rows_of(args.results / "times.csv")
     own = next((row for row in measured if row["network"] == name and row["point"] == "learned"), None)
@@ -58,14 +58,8 @@ def main() -> int:
     model = models.create(str(cell.network)).eval()
     if len(names := model.pretrained_cfg["label_names"]) != 10 or "airplane" not in names:
         raise ValueError(f"{name} in {args.output} knows {', '.join(names[:3])} ...: the card is about CIFAR-10")
-    args_ = argparse.ArgumentParser()
-    calibrate.add_options(args_)
-    batches, _ = calibrate.load_batches(
-        argparse.Namespace(
-            **vars(args_.parse_args(["--data", args.data, "--val-limit", "64", "--refit-norms", "0"])), model=DYNAMIC
-        ),
-        model,
-    )
+    some = argparse.Namespace(**vars(parse_data(args)) | {"val_limit": 64, "refit_norms": 0, "model": DYNAMIC})
+    batches, _ = calibrate.load_batches(some, model)
     card = dg_timm.Card(
         summary="The residual network of 26 layers for CIFAR-10 as a dynamic graph that learned to close: on average "
         f"an image takes {100 * float(own['cost']):.0f} % of the static network's multiply-adds (standard deviation "
