@@ -5,30 +5,41 @@ Yuan et al., "Dynamic Graph: Learning Instance-aware Connectivity for Neural Net
 Importing registers the zoo: ``timm.create_model("dg_resnet50", pretrained=True)``.
 """
 
-from dg_timm import budget as budget
-from dg_timm import zoo as zoo
-from dg_timm.card import Accuracy, Card
-from dg_timm.complexity import complexity
-from dg_timm.convert import dynamize
-from dg_timm.cost import cost
-from dg_timm.hub import save_pretrained
-from dg_timm.introspect import adjacency, fixed_wiring, set_execution, set_threshold
-from dg_timm.publish import push_to_hub
-from dg_timm.version import __version__
-from dg_timm.wiring import draw_wiring
+from dg_timm import models as models  # registers the zoo with timm
+from dg_timm._errors import UserError
+from dg_timm._version import __version__
+from dg_timm.analysis.counting import Complexity, complexity, cost
+from dg_timm.analysis.plot import draw_wiring
+from dg_timm.analysis.recorder import adjacency, majority_topology, record_adjacency
+from dg_timm.budget.calibration import calibrate, threshold_curve
+from dg_timm.budget.norms import refit_norms
+from dg_timm.conversion.convert import dynamize
+from dg_timm.execution import kernels as kernels
+from dg_timm.execution.settings import set_execution, set_threshold
+from dg_timm.hub.card import Accuracy, Card
+from dg_timm.hub.push import push_to_hub
+from dg_timm.hub.save import save_pretrained
 
 __all__ = [
     "Accuracy",
     "Card",
+    "Complexity",
+    "UserError",
     "__version__",
     "adjacency",
+    "calibrate",
     "complexity",
     "cost",
     "draw_wiring",
     "dynamize",
-    "fixed_wiring",
+    "kernels",
+    "majority_topology",
+    "models",
     "push_to_hub",
+    "record_adjacency",
+    "refit_norms",
     "save_pretrained",
     "set_execution",
     "set_threshold",
+    "threshold_curve",
 ]

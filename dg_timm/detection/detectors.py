@@ -16,10 +16,11 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from dg_timm.checkpoint import check_fit, graph_stages, to_identity
-from dg_timm.training import models
-from dg_timm.training.loading import seeded
-from dg_timm.version import __version__
+from dg_timm._version import __version__
+from dg_timm.conversion.state_dict import check_fit, to_identity
+from dg_timm.graph.stage import graph_stages
+from dg_timm.training.data.loading import seeded
+from dg_timm.training.run import networks as models
 
 STRIDES = (4, 8, 16, 32)  # of the four feature levels of a pyramid (Lin et al., 2017)
 CONFIG = "config.json"
@@ -159,7 +160,7 @@ def create_detector(
 
     Args:
         detector: one of ``DETECTORS``.
-        backbone: any name that :func:`dg_timm.training.models.create` takes.
+        backbone: any name that :func:`dg_timm.training.run.networks.create` takes.
         label_names, category_ids: of the classes; label k + 1 is the k-th one.
         pretrained, initial_checkpoint: where the backbone's weights come from; static ones make a ``dg_*`` backbone
             their identity conversion. The folder of a saved detector starts from that one (:func:`start_from`).

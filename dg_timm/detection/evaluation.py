@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from dg_timm.detection.boxes import Categories, DetectionSplit
-from dg_timm.detection.loading import DetectionBatch
-from dg_timm.training.report import Metric
+from dg_timm.detection.data.boxes import Categories, DetectionSplit
+from dg_timm.detection.data.loading import DetectionBatch
+from dg_timm.training.run.report import Metric
 
 AP = Metric("AP", "AP (%)")
 # COCO's twelve numbers that papers print, by the names of torchmetrics

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dg_timm.detection.loading import DetectionBatch
-from dg_timm.training.loading import seeded
-from dg_timm.training.objective import Losses
+from dg_timm.detection.data.loading import DetectionBatch
+from dg_timm.training.data.loading import seeded
+from dg_timm.training.loop.objective import Losses
 
 
 class Detection:

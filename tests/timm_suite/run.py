@@ -21,9 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(ROOT))
 
-from loopback_hub import HubServer, StaticTimmModels  # noqa: E402
+from tests.helpers.loopback_hub import HubServer, StaticTimmModels  # noqa: E402
 
 CACHE = ROOT / ".cache" / "timm-sdist"
 

@@ -1,76 +1,10 @@
 """CIFAR-10 from scratch: one network, wired in different ways (the paper's Tables 4 and 6 in small).
 
-    python train_scripts/experiments/ablation.py --data path/to/cifar10           # 16 px: four hours of one core
-    python train_scripts/experiments/ablation.py --data uoft-cs/cifar10 --full    # 32 px, all images: for a GPU
-
-Every wiring has the same blocks, recipe, seeds, images and order of images. Writes ``ablation.csv`` (a row a cell),
-``ablation.md`` and ``ablation.png`` (means, and 95 % intervals of the differences from the static network).
+``--help`` has the options; the code is :mod:`dg_timm.experiments.ablation`.
 """
 
-import argparse
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from cells import Cell, guarded, parse, run
-from comparison import write
-
-from dg_timm.training.arguments import natural
-
-STATIC = "cifar_resnet26"
-SAME: dict[str, Any] = {"instance_aware": False}  # weights are the same for all images
-VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # title, options of the graph, of train.py
-    "static": ("static chain", {}, {"model": STATIC}),
-    "shallow": ("static chain of half the depth (14 layers)", {}, {"model": "cifar_resnet14"}),
-    "alpha_b": ("alpha_b: weights for each image", {}, {}),
-    "alpha": ("alpha: learned weights, the same for all images", SAME, {}),
-    "alpha_no_shortcut": ("alpha without the blocks' shortcuts", {"block_shortcut": False, **SAME}, {}),
-    "no_shortcut": ("alpha_b without the blocks' shortcuts", {"block_shortcut": False}, {}),
-    "paper": (
-        "alpha_b without shortcuts and edge scales: the paper to the letter",
-        {"block_shortcut": False, "edge_scale": False},
-        {},
-    ),
-    "half": ("alpha_b without shortcuts, learned to cost half", {"block_shortcut": False}, {"target-cost": 0.5}),
-    "ws": ("WS(4, 0.75), weights the same for all images", {"wiring": "ws", **SAME}, {}),
-    "ws_b": ("WS(4, 0.75), weights for each image", {"wiring": "ws"}, {}),
-    "er": ("ER(0.2), weights the same for all images", {"wiring": "er", **SAME}, {}),
-    "ba": ("BA(5), the same", {"wiring": "ba", **SAME}, {}),
-    "er_open": ("ER(0.2), and no threshold learns", {"wiring": "er", **SAME}, {"fix-thresholds": True}),
-    "ba_open": ("BA(5), and no threshold learns", {"wiring": "ba", **SAME}, {"fix-thresholds": True}),
-}
-
-
-def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]:
-    """Seed by seed: what is interrupted has all variants of the seeds that are done."""
-    found = []
-    for seed in seeds:
-        for name in names:
-            _, graph, more = VARIANTS[name]
-            kwargs = {**graph, "wiring_seed": seed} if "wiring" in graph else dict(graph)
-            options: dict[str, Any] = {
-                "recipe": recipe,
-                "model": STATIC if name == "static" else f"dg_{STATIC}",
-                **more,
-            }
-            found.append(Cell(name, options | ({"model-kwargs": kwargs} if kwargs else {}), seed))
-    return found
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    args = parse(parser, "ablation", "the recipe cifar10_full in place of cifar10_scratch")
-    recipe = "cifar10_full" if args.full else "cifar10_scratch"
-    run(cells(args.seeds, args.only, recipe), args)
-    args.collect = True  # the table is of everything that is kept
-    results = run(cells(sorted({0, 1, 2, *args.seeds}), list(VARIANTS), recipe), args)
-    if not results:
-        raise ValueError(f"no cell is finished in {args.results}; run without --collect")
-    write(results, {name: title for name, (title, *_) in VARIANTS.items()}, "static", args.results, "ablation")
-    return 0
-
+from dg_timm.experiments.ablation import main
+from dg_timm.experiments.runner import guarded
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    raise SystemExit(guarded(main))

@@ -1,0 +1,1 @@
+"""What runs aggregation here: say, compile ahead of time, release memory."""

@@ -1,0 +1,104 @@
+"""Random wirings of a stage (paper Table 4), by the generators of the RandWire paper (Xie et al., 2019, 3.2).
+
+A generator draws an undirected graph over the blocks. An edge points from the lower to the higher index, so that there
+is no cycle; a block that nothing leads to reads the stage's input, and one that leads nowhere goes to its output.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
+
+import numpy as np
+
+from dg_timm.graph import edges as graph
+
+# "complete", the name of a generator, or the sources of every node by stage
+Wiring = Union[str, Mapping[str, Sequence[Sequence[int]]]]
+
+# Parameters of Table 4. Stages may have fewer blocks than these need; there, as many edges as can be.
+GENERATORS: dict[str, Callable[[Any, int, int], Any]] = {
+    "er": lambda nx, blocks, seed: nx.erdos_renyi_graph(blocks, 0.2, seed=seed),
+    "ba": lambda nx, blocks, seed: nx.barabasi_albert_graph(
+        blocks, min(5, blocks - 1), seed=seed, initial_graph=_unconnected(nx, min(5, blocks - 1))
+    ),
+    "ws": lambda nx, blocks, seed: nx.watts_strogatz_graph(blocks, min(4, blocks - 1), 0.75, seed=seed),
+}
+KINDS = ("complete", *GENERATORS)
+
+
+def _unconnected(nx: Any, count: int) -> Any:
+    """The start of the RandWire paper: nodes without edges, all of which the next one is connected to."""
+    start = nx.empty_graph(count + 1)
+    start.add_edges_from((node, count) for node in range(count))
+    return start
+
+
+def wire(stages: Mapping[str, int], wiring: Wiring, seed: int) -> dict[str, list[list[int]]]:
+    """The sources of every node of every stage; {stage: number of blocks} says which there are.
+
+    Raises:
+        TypeError: if the seed is no integer, or the wiring neither a name nor a mapping.
+        ValueError: for an unknown name, a negative seed, or edges that are no wiring of these stages.
+        ImportError: if networkx is missing.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"wiring_seed must be an integer, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"wiring_seed must be at least 0, got {seed}")
+    if isinstance(wiring, Mapping):
+        if wiring.keys() != stages.keys():
+            raise ValueError(f"a wiring of the stages {', '.join(stages)} is needed, got one of {', '.join(wiring)}")
+        return {name: _checked(name, wiring[name], blocks) for name, blocks in stages.items()}
+    if not isinstance(wiring, str):
+        raise TypeError(f"wiring must be one of {', '.join(KINDS)}, or the sources of every node by stage: {wiring!r}")
+    if wiring not in KINDS:
+        raise ValueError(f"wiring must be one of {', '.join(KINDS)}, got {wiring!r}")
+    if wiring == "complete":
+        return {name: graph.complete(blocks) for name, blocks in stages.items()}
+    return {
+        name: random_wiring(wiring, blocks, int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
+        for k, (name, blocks) in enumerate(stages.items())
+    }
+
+
+def random_wiring(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
+    """Of every node (input, blocks, output) its sources, in order; every block lies on a way from input to output.
+
+    Args:
+        kind: ``er`` (Erdos-Renyi, P = 0.2), ``ba`` (Barabasi-Albert, M = 5) or ``ws`` (Watts-Strogatz, K = 4,
+            P = 0.75).
+    """
+    try:
+        import networkx as nx
+    except ImportError as error:
+        raise ImportError("random wirings need networkx: pip install 'dg-timm[plots]'") from error
+    pairs: set[tuple[int, int]] = set()
+    if num_blocks > 1:  # node k of the generator is block k + 1
+        drawn = GENERATORS[kind](nx, num_blocks, seed)
+        pairs = {(min(edge) + 1, max(edge) + 1) for edge in drawn.edges if edge[0] != edge[1]}
+    output = num_blocks + 1
+    for block in range(1, output):
+        if not any(target == block for _, target in pairs):
+            pairs.add((0, block))
+    for block in range(1, output):
+        if not any(source == block for source, _ in pairs):
+            pairs.add((block, output))
+    return [sorted(source for source, to in pairs if to == target) for target in range(output + 1)]
+
+
+def _checked(name: str, sources: Any, blocks: int) -> list[list[int]]:
+    nodes = blocks + 2
+    try:
+        wiring = [[int(source) for source in of_node] for of_node in sources]
+    except (TypeError, ValueError):
+        raise ValueError(f"the wiring of '{name}' must list the sources of every node, got {sources!r}") from None
+    if len(wiring) != nodes:
+        raise ValueError(f"the wiring of '{name}' must have {nodes} nodes (input, blocks, output), got {len(wiring)}")
+    for target, of_node in enumerate(wiring):
+        if of_node != sorted(set(of_node)) or any(not 0 <= source < target for source in of_node):
+            raise ValueError(f"the wiring of '{name}': sources of node {target} must ascend, from 0 on, below {target}")
+        if target > 0 and not of_node:
+            raise ValueError(f"the wiring of '{name}': node {target} has no source")
+    for source in range(nodes - 1):
+        if not any(source in of_node for of_node in wiring):
+            raise ValueError(f"the wiring of '{name}': node {source} leads nowhere")
+    return wiring

@@ -1,0 +1,152 @@
+"""Randomly wired networks in the small regime (Xie et al., 2019, Table 1), the rivals in the paper's Table 4.
+
+    timm.create_model("randwire_small", wiring="ws", wiring_seed=0)
+
+Their wiring is random and the same for every image. DG-Net in the same search space, the last row of Table 4, is the
+chain of the same nodes made dynamic: ``dynamize(timm.create_model("randwire_small", wiring="chain"), identity=False)``.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from dg_timm.graph import edges as graph
+from dg_timm.graph.topology import GENERATORS, wire
+
+CHANNELS = 78
+NODES = 32
+HEAD = 1280
+WIRINGS = ("chain", *GENERATORS)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "randwire_small": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "stem.0",
+            "classifier": "fc",
+        }
+    }
+)
+
+
+class Node(nn.Module):
+    """ReLU, separable 3 x 3 convolution, batch norm (their 3.1)."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.depthwise = nn.Conv2d(in_chs, in_chs, 3, stride, padding=1, groups=in_chs, bias=False)
+        self.pointwise = nn.Conv2d(in_chs, out_chs, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out_chs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.pointwise(self.depthwise(self.act(x))))
+        return x
+
+
+class RandomStage(nn.Module):
+    """Nodes that weigh what they read by ``sigmoid(one learned number an edge)``; the output is a plain mean.
+
+    A node that reads the stage's input, and then nothing else, has stride 2 and changes the channels.
+
+    Args:
+        wiring: the sources of every node, from :func:`dg_timm.graph.topology.random_wiring`.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, wiring: list[list[int]]) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.nodes = nn.ModuleList(
+            Node(in_chs, out_chs, 2) if sources == [0] else Node(out_chs, out_chs, 1) for sources in wiring[1:-1]
+        )
+        self.edges = nn.ParameterList(nn.Parameter(torch.zeros(len(sources))) for sources in wiring[1:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_chs, H, W) -> (batch, out_chs, H / 2, W / 2)."""
+        features = [x]
+        for node, logits, sources in zip(self.nodes, self.edges, self.wiring[1:-1], strict=True):
+            weights = torch.sigmoid(logits).expand(len(x), -1)
+            features.append(node(graph.aggregate([features[k] for k in sources], weights)))
+        return torch.stack([features[k] for k in self.wiring[-1]]).mean(0)
+
+
+class RandWire(nn.Module):
+    """A 3 x 3 convolution with its norm, another one, three stages, a 1 x 1 convolution, the classifier."""
+
+    def __init__(
+        self,
+        wiring: str = "ws",
+        wiring_seed: int = 0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if wiring not in WIRINGS:
+            raise ValueError(f"wiring must be one of {', '.join(WIRINGS)}, got {wiring!r}")
+        self.num_classes, self.in_chans, self.drop_rate, self.wiring = num_classes, in_chans, drop_rate, wiring
+        self.num_features = self.head_hidden_size = HEAD
+        narrow = CHANNELS // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, narrow, 3, 2, padding=1, bias=False),
+            nn.BatchNorm2d(narrow),
+            nn.ReLU(),
+            nn.Conv2d(narrow, CHANNELS, 3, 2, padding=1, bias=False),
+            nn.BatchNorm2d(CHANNELS),
+        )
+        wirings = wire({str(k): NODES for k in range(3)}, "complete" if wiring == "chain" else wiring, wiring_seed)
+        stages: list[nn.Module] = []
+        chs = CHANNELS
+        for k, out_chs in enumerate((CHANNELS, 2 * CHANNELS, 4 * CHANNELS)):
+            if wiring == "chain":
+                blocks = [Node(chs, out_chs, 2), *(Node(out_chs, out_chs, 1) for _ in range(NODES - 1))]
+                stages.append(nn.Sequential(*blocks))
+            else:
+                stages.append(RandomStage(chs, out_chs, wirings[str(k)]))
+            chs = out_chs
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(chs, HEAD, 1, bias=False), nn.BatchNorm2d(HEAD), nn.ReLU())
+        self.global_pool, self.fc = create_classifier(HEAD, num_classes, pool_type=global_pool)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self) -> nn.Module:
+        classifier: nn.Module = self.fc
+        return classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(HEAD, num_classes, pool_type=global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.head(self.stages(self.stem(x)))
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = nn.functional.dropout(self.global_pool(x), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+@register_model
+def randwire_small(pretrained: bool = False, **kwargs: Any) -> RandWire:
+    """RandWire in the small regime; ``wiring`` (chain, er, ba, ws) and ``wiring_seed`` choose its graphs."""
+    model: RandWire = build_model_with_cfg(RandWire, "randwire_small", pretrained, **kwargs)
+    return model
+
+
+__all__ = ["RandWire"]

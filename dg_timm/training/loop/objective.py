@@ -1,0 +1,136 @@
+"""The loss of a batch: smoothing, mixup, distillation; one number an image, so that it can be weighted and summed."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+
+from dg_timm.budget.expected_cost import ExpectedCost
+from dg_timm.training.data.loading import Batch, seeded
+
+
+class Losses(NamedTuple):
+    """Of a batch, a number an image: what is minimised, and what is shown of it, by name; (batch,) each."""
+
+    loss: Tensor
+    shown: dict[str, Tensor]
+
+
+class CostTarget:
+    """Another objective, and a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
+
+    It shows ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be cheap at
+    once closes whatever closes fastest. Over the same time and longer the gates are noisy (:mod:`dg_timm.execution.gates`).
+
+    Args:
+        objective: that of the task.
+        expected: of the network that the objective runs, in or out of its wrapper.
+        target: mean cost relative to the static network, 0..1.
+        weight: of the squared distance.
+        ramp: updates until the target is in force.
+        noise: of the gates at the first update (:meth:`dg_timm.budget.expected_cost.ExpectedCost.recording`).
+        quiet: update from which on there is no noise.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Losses],
+        expected: ExpectedCost,
+        *,
+        target: float,
+        weight: float = 30.0,
+        ramp: int = 0,
+        noise: float = 0.0,
+        quiet: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
+        self.noise, self.quiet, self.seed = noise, quiet, seed
+
+    def target_at(self, update: int) -> float:
+        """The target in force for an update, counted from 0."""
+        return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
+
+    def noise_at(self, update: int) -> float:
+        """The scale of the noise for an update, counted from 0."""
+        return 0.0 if update >= self.quiet else self.noise * (1 - update / self.quiet)
+
+    def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
+        """Losses of a batch; ``update`` counts from 0."""
+        (seed,) = np.random.SeedSequence((self.seed, update, *others)).generate_state(1)
+        with self.expected.recording(self.noise_at(update), int(seed)) as costs:
+            losses = self.objective(model, batch, update, *others)
+        cost = costs()
+        counted = batch.weights.sum().clamp(min=1)
+        above = (cost * batch.weights).sum() / counted - self.target_at(update)
+        return Losses(losses.loss + self.weight * above.clamp(min=0).square(), {**losses.shown, "cost": cost.detach()})
+
+
+class Classification:
+    """Cross-entropy (or binary cross-entropy) with label smoothing, mixup and cutmix, and distillation of logits.
+
+    It shows ``top1``: 100 where the best class is the label (the larger one, under mixup).
+
+    Args:
+        smoothing: mass that the label gives to all classes (Szegedy et al., 2016).
+        loss: ``ce`` or ``bce`` (Wightman et al., 2021: every class on its own, averaged).
+        mixup: timm's, or None.
+        teacher: whose logits are learned (Hinton et al., 2015), or None.
+        distill_weight: share of the distillation in the loss, 0..1.
+        temperature: of both softmaxes; the distillation is multiplied by its square.
+        student_norm: mean and std of the student's images, each (1, channels, 1, 1); the teacher gets its own.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        smoothing: float = 0.0,
+        loss: str = "ce",
+        mixup: Optional[Mixup] = None,
+        teacher: Optional[DistillationTeacher] = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
+        student_norm: Optional[tuple[Tensor, Tensor]] = None,
+        seed: int = 0,
+    ) -> None:
+        self.num_classes, self.smoothing, self.kind, self.mixup = num_classes, smoothing, loss, mixup
+        self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+        self.student_norm, self.seed = student_norm, seed
+
+    def __call__(self, model: nn.Module, batch: Batch, *entropy: int) -> Losses:
+        """Losses of a batch on the model's device; ``entropy`` (update, process, ...) seeds what mixup draws."""
+        images, target = batch.images, batch.labels
+        if self.mixup is not None and self.mixup.mixup_enabled:
+            with seeded(self.seed, *entropy):
+                images, target = self.mixup(images, target)
+        elif self.kind == "bce":
+            target = mixup_target(target, self.num_classes, smoothing=self.smoothing)
+        logits = model(images).float()
+        if self.kind == "bce":
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        elif target.ndim == 2:  # smoothed by mixup
+            loss = -(target * F.log_softmax(logits, 1)).sum(1)
+        else:
+            loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        if self.teacher is not None:
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(images, logits)
+        label = target.argmax(1) if target.ndim == 2 else target
+        return Losses(loss, {"top1": 100 * (logits.argmax(1) == label).float()})
+
+    def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad():
+            theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
+        t = self.temperature
+        divergence = F.kl_div(
+            F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1), reduction="none", log_target=True
+        )
+        return divergence.sum(1) * t * t

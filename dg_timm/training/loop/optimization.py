@@ -1,0 +1,143 @@
+"""Batch arithmetic, parameter groups, optimizer and schedule. Everything counts in updates of the weights."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from dg_timm.graph.stage import routers
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+_TORCH_OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")  # these have a foreach implementation
+
+
+class BatchSplit(NamedTuple):
+    """How the images of one update are shared: ``images = micro_batch * accumulation * processes``."""
+
+    images: int
+    micro_batch: int
+    accumulation: int
+    processes: int
+
+
+def split_batch(images: int, processes: int, micro_batch: Optional[int] = None) -> BatchSplit:
+    """Share ``images`` over the processes, at most ``micro_batch`` of them at a time on each.
+
+    Raises:
+        ValueError: if they can't be shared evenly, with the nearest number that can.
+    """
+    each = images // processes
+    if each * processes != images or each == 0:
+        near = max(round(images / processes), 1) * processes
+        raise ValueError(
+            f"--batch-size {images} can't be shared by {processes} processes; the nearest that can is {near}"
+        )
+    size = min(micro_batch or each, each)
+    if each % size:
+        fitting = max(k for k in range(1, size + 1) if each % k == 0)
+        raise ValueError(
+            f"--micro-batch {size} does not divide the {each} images of a process (--batch-size {images} over "
+            f"{processes} processes); use {fitting}"
+        )
+    return BatchSplit(images, size, each // size, processes)
+
+
+def scaled_lr(lr: float, images: int, base_batch: Optional[int], rule: str = "linear") -> float:
+    """``lr``, given for ``base_batch`` images an update, for ``images`` (Goyal et al., 2017: linear; or sqrt)."""
+    if base_batch is None:
+        return lr
+    ratio = images / base_batch
+    return lr * (ratio if rule == "linear" else ratio**0.5)
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: Optional[float] = None, graph_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """What learns, grouped: timm's groups, and routers, scales and thresholds in one (or one a layer) of their own.
+
+    Biases and norms have no weight decay, nor has the graph. ``graph_lr_scale`` multiplies the graph's learning rate,
+    ``layer_decay`` that of everything for each layer from the classifier down.
+    """
+    unweighted = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    if layer_decay is not None:
+        groups = param_groups_layer_decay(
+            model, weight_decay=weight_decay, no_weight_decay_list=tuple(unweighted), layer_decay=layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=unweighted)
+    graph = {id(p): name for name, router in routers(model).items() for p in router.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    split = []
+    for group in groups:
+        for own in (False, True):
+            params = [p for p in group["params"] if (id(p) in graph) == own]
+            if params:
+                scale = group.get("lr_scale", 1.0) * (graph_lr_scale if own else 1.0)
+                decay = 0.0 if own else group["weight_decay"]
+                split.append(dict(params=params, weight_decay=decay, lr_scale=scale, graph=own))
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}  # a router's weights and biases share a group
+    for group in split:
+        key = (group["graph"], group["lr_scale"], group["weight_decay"])
+        merged.setdefault(key, {**group, "params": []})["params"] += group["params"]
+    for group in merged.values():
+        group["param_names"] = [names[id(p)] for p in group["params"]]
+    return list(merged.values())
+
+
+def create_optimizer(
+    groups: list[dict[str, Any]], *, opt: str, lr: float, momentum: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Any of timm's optimizers over the groups; ValueError if there is none of that name."""
+    try:
+        return create_optimizer_v2(
+            groups,
+            opt=opt,
+            lr=lr,
+            weight_decay=0.0,  # each group states its own
+            momentum=momentum,
+            foreach=True if opt in _TORCH_OPTIMIZERS else None,
+            **options,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"--opt {opt} with {dict(options)}: {error}") from error
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    sched: str,
+    epochs: int,
+    updates_per_epoch: int,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    cooldown_epochs: int,
+    decay_rate: float,
+    decay_epochs: Optional[float],
+    decay_milestones: list[int],
+    warmup_prefix: bool,
+) -> tuple[Scheduler, int]:
+    """timm's schedule in updates, set to update 0; and the epochs to train, with warm-up prefix and cool-down."""
+    if warmup_epochs >= epochs and not warmup_prefix:
+        raise ValueError(f"--warmup-epochs {warmup_epochs:g} leaves nothing of --epochs {epochs}")
+    schedule, total = create_scheduler_v2(
+        optimizer,
+        sched,
+        num_epochs=epochs,
+        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions are fine
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        cooldown_epochs=cooldown_epochs,
+        decay_rate=decay_rate,
+        decay_epochs=decay_epochs,
+        decay_milestones=decay_milestones,
+        warmup_prefix=warmup_prefix,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    schedule.step_update(0)  # timm applies lr_scale from the first step on only
+    return schedule, int(total)

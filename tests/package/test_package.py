@@ -1,0 +1,72 @@
+"""The wheel, built from a clean tree, in an environment that has nothing of the repository."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Build with what is installed (no isolation): the sdist, and from it the wheel."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return out
+
+
+def test_the_wheel_holds_the_package_and_no_more(built):
+    (wheel,) = built.glob("*.whl")
+    assert len(list(built.glob("*.tar.gz"))) == 1
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dg_timm").rglob("*")
+        if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png")
+    }
+    shipped |= {"dg_timm/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == shipped
+
+
+def test_the_wheel_works_without_the_repository(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import dg_timm, timm, torch\n"
+        f"assert dg_timm.__file__.startswith({str(site)!r}), dg_timm.__file__\n"
+        "model = timm.create_model('dg_resnet18', num_classes=3).eval()\n"
+        f"folder = dg_timm.save_pretrained(model, {str(tmp_path / 'model')!r})\n"
+        "again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()\n"
+        "x = torch.randn(1, 3, 64, 64)\n"
+        "assert torch.equal(again(x), model(x))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wheel_installs_into_an_empty_environment(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
+    program = (
+        "import dg_timm, timm, torch; m = timm.create_model('dg_regnetx_002').eval()\n"
+        "print(sorted(dg_timm.adjacency(m, torch.randn(1, 3, 64, 64))))\n"
+        "try:\n    dg_timm.draw_wiring(dg_timm.adjacency(m, torch.randn(1, 3, 64, 64)), 'x.png')\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    process = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "['s1', 's2', 's3', 's4']" in process.stdout
+    assert "pip install 'dg-timm[plots]'" in process.stdout
