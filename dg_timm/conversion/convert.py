@@ -13,7 +13,7 @@ from dg_timm.conversion import state_dict as checkpoint
 from dg_timm.conversion.blocks import can_drop_shortcut
 from dg_timm.conversion.find import StagePlan, find_stages
 from dg_timm.graph.stage import DGStage
-from dg_timm.graph.topology import Wiring, wire
+from dg_timm.graph.topology import Topology, build_topology
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -26,8 +26,8 @@ def dynamize(
     edge_scale: bool = True,
     block_shortcut: bool = True,
     instance_aware: bool = True,
-    wiring: Wiring = "complete",
-    wiring_seed: int = 0,
+    topology: Topology = "complete",
+    topology_seed: int = 0,
 ) -> nn.Module:
     """Give every stage of a timm model a graph of its own for each image; in place, and returned.
 
@@ -43,10 +43,10 @@ def dynamize(
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
             and MobileNetV2-like blocks). Needs ``identity=False``.
         instance_aware: False learns one weight an edge, the same for every image (the paper's ablation, Table 6).
-        wiring: the edges that a stage has: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
+        topology: the edges that a stage has: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
             (:mod:`dg_timm.graph.topology`; needs ``identity=False`` and networkx); or the sources of every node by
             stage, ``{"layer1": [[], [0], [0, 1], ...], ...}``, as a saved network has them in its configuration.
-        wiring_seed: of a random graph; every stage draws its own.
+        topology_seed: of a random graph; every stage draws its own.
 
     Raises:
         TypeError: if ``model`` is not a timm model, or an option has another type.
@@ -58,9 +58,9 @@ def dynamize(
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     _check_options(**options)
-    if identity and wiring != "complete":
+    if identity and topology != "complete":
         raise ValueError(
-            f"identity conversion needs the complete wiring, got {wiring!r}: pass identity=False to train from scratch"
+            f"identity conversion needs the complete topology, got {topology!r}: pass identity=False to train from scratch"
         )
     if not isinstance(model, nn.Module) or not _is_timm(model):
         raise TypeError(
@@ -76,13 +76,13 @@ def dynamize(
         plans = find_stages(model)
         if not block_shortcut:
             _check_shortcuts(model, plans)
-        edges = wire({plan.name: len(plan.blocks) for plan in plans}, wiring, wiring_seed)
+        edges = build_topology({plan.name: len(plan.blocks) for plan in plans}, topology, topology_seed)
     except (ValueError, TypeError, ImportError):
         if checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         raise
 
-    stages = [DGStage(model.get_submodule(p.name), p, wiring=edges[p.name], **options) for p in plans]
+    stages = [DGStage(model.get_submodule(p.name), p, topology=edges[p.name], **options) for p in plans]
     for plan, stage in zip(plans, stages, strict=True):  # nothing below can fail: the model is never half-converted
         stage.adapt_blocks(plan)
         parent, _, child = plan.name.rpartition(".")

@@ -46,7 +46,7 @@ def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, An
             continue  # a part of a network (a head, say) is no static network: what it does not hold stays
         if not (stage.edge_scale and stage.block_shortcut and stage.is_complete()):
             raise ValueError(
-                "a static checkpoint can't be loaded with edge_scale=False, block_shortcut=False or a random wiring: "
+                "a static checkpoint can't be loaded with edge_scale=False, block_shortcut=False or a random topology: "
                 "such a network is another function from the start. Leave them at their defaults, or train it from "
                 "scratch (pretrained=False)"
             )

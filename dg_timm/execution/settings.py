@@ -33,60 +33,62 @@ def set_threshold(model: nn.Module, threshold: Optional[float]) -> None:
         router.fixed_threshold = threshold
 
 
-def set_execution(model: nn.Module, execution: str, wiring: Optional[Mapping[str, Tensor]] = None) -> None:
+def set_execution(model: nn.Module, execution: str, topology: Optional[Mapping[str, Tensor]] = None) -> None:
     """Choose how a model runs. The choice is not saved with the weights.
 
     Args:
         execution: ``dense`` (the default): every edge is computed and multiplied; it trains, exports and compiles.
             ``sparse``: for evaluation, with the same result to rounding; image by image, closed edges are not read and
-            removed nodes are not run. ``static``: a fixed wiring for every image: the edges that are not in it, and the
+            removed nodes are not run. ``static``: a fixed topology for every image: the edges that are not in it, and the
             blocks that none of its edges leads through to the output, are left out of the network; it trains, exports
             and compiles. Edges in it keep the weight that their router gives for the image.
-        wiring: for ``static`` alone, {stage: (N, N) bool, [source, target]}, as from :func:`majority_topology`.
+        topology: for ``static`` alone, {stage: (N, N) bool, [source, target]}, as from :func:`majority_topology`.
 
     Raises:
-        ValueError: for another name, a wiring that does not fit or does not reach a stage's output, or if the model is
+        ValueError: for another name, a topology that does not fit or does not reach a stage's output, or if the model is
             static. The model is then left as it was.
     """
     stages = require_dynamic(model)
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
-    if (wiring is None) == (execution == "static"):
+    if (topology is None) == (execution == "static"):
         needs = (
-            "needs a wiring, {stage: (N, N) bool}: see dg_timm.majority_topology"
-            if wiring is None
-            else "takes no wiring"
+            "needs a topology, {stage: (N, N) bool}: see dg_timm.majority_topology"
+            if topology is None
+            else "takes no topology"
         )
         raise ValueError(f"{execution} execution {needs}")
-    if wiring is None:
+    if topology is None:
         sources = {name: stage.edges for name, stage in stages.items()}
     else:
-        if not isinstance(wiring, Mapping) or wiring.keys() != stages.keys():
-            given = ", ".join(map(str, wiring)) if isinstance(wiring, Mapping) else type(wiring).__name__
-            raise ValueError(f"a wiring for the stages {', '.join(stages)} is needed, got one for {given}")
-        sources = {name: _sources(name, wiring[name], stage.edges) for name, stage in stages.items()}
+        if not isinstance(topology, Mapping) or topology.keys() != stages.keys():
+            given = ", ".join(map(str, topology)) if isinstance(topology, Mapping) else type(topology).__name__
+            raise ValueError(f"a topology for the stages {', '.join(stages)} is needed, got one for {given}")
+        sources = {name: _sources(name, topology[name], stage.edges) for name, stage in stages.items()}
     for name, stage in stages.items():
-        stage.execution, stage.wiring = execution, sources[name]
+        stage.execution, stage.topology = execution, sources[name]
 
 
-def _sources(name: str, wiring: Tensor, existing: list[list[int]]) -> list[list[int]]:
+def _sources(name: str, topology: Tensor, existing: list[list[int]]) -> list[list[int]]:
     """Of every node the sources of its edges, where both ends lie on a way from input to output."""
     nodes = len(existing)
-    if not isinstance(wiring, Tensor) or wiring.dtype != torch.bool or wiring.shape != (nodes, nodes):
-        what = f"{tuple(wiring.shape)} {wiring.dtype}" if isinstance(wiring, Tensor) else type(wiring).__name__
-        raise ValueError(f"the wiring of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
-    edges = wiring.cpu().triu(1)
-    if not torch.equal(edges, wiring.cpu()):
-        raise ValueError(f"the wiring of '{name}' must be strictly upper triangular: [source, target], source < target")
+    if not isinstance(topology, Tensor) or topology.dtype != torch.bool or topology.shape != (nodes, nodes):
+        what = f"{tuple(topology.shape)} {topology.dtype}" if isinstance(topology, Tensor) else type(topology).__name__
+        raise ValueError(f"the topology of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
+    edges = topology.cpu().triu(1)
+    if not torch.equal(edges, topology.cpu()):
+        raise ValueError(
+            f"the topology of '{name}' must be strictly upper triangular: [source, target], source < target"
+        )
     for source, target in edges.nonzero().tolist():
         if source not in existing[target]:
             raise ValueError(
-                f"the wiring of '{name}' has an edge ({source}, {target}), which the network does not have"
+                f"the topology of '{name}' has an edge ({source}, {target}), which the network does not have"
             )
     for node in range(1, nodes - 1):  # in order: what removes one node may remove the next
         edges[node] &= edges[:, node].any()
     for node in range(nodes - 2, 0, -1):
         edges[:, node] &= edges[node].any()
     if not edges[:, -1].any():
-        raise ValueError(f"the wiring of '{name}' has no way from its input to its output")
+        raise ValueError(f"the topology of '{name}' has no way from its input to its output")
     return [edges[:, target].nonzero().flatten().tolist() for target in range(nodes)]

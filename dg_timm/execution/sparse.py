@@ -1,7 +1,7 @@
 """Sparse execution of a stage: a closed edge is not read, and a removed node is not run, image by image (paper 3.4).
 
 The result is that of the dense execution, to rounding. Only images that use a node pass through its block, as a smaller
-batch; nothing is padded to the densest image. Evaluation only: the wiring is read back from the routers, so there is
+batch; nothing is padded to the densest image. Evaluation only: the topology is read back from the routers, so there is
 nothing to differentiate, trace or export.
 """
 
@@ -104,7 +104,7 @@ def refuse_batch_statistics(module: nn.Module) -> None:
 
 
 class _ByKernels:
-    """The wiring of a batch, where :class:`dg_timm.execution.backends.cpu.Graph` keeps and reads it."""
+    """The topology of a batch, where :class:`dg_timm.execution.backends.cpu.Graph` keeps and reads it."""
 
     def __init__(self, kernels: Kernels, node0: Tensor, nodes: int) -> None:
         self.like, self.batch, self.nodes = node0, len(node0), nodes
@@ -169,7 +169,7 @@ def _parameters(router: Any, dtype: torch.dtype) -> Optional[RouterParameters]:
 
 
 class _ByTorch:
-    """As :class:`_ByKernels`, by PyTorch's operations on any device; the wiring is read back to the CPU."""
+    """As :class:`_ByKernels`, by PyTorch's operations on any device; the topology is read back to the CPU."""
 
     def __init__(self, node0: Tensor, nodes: int) -> None:
         self.batch, self.nodes = len(node0), nodes

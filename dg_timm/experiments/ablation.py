@@ -30,12 +30,12 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # tit
         {},
     ),
     "half": ("alpha_b without shortcuts, learned to cost half", {"block_shortcut": False}, {"target-cost": 0.5}),
-    "ws": ("WS(4, 0.75), weights the same for all images", {"wiring": "ws", **SAME}, {}),
-    "ws_b": ("WS(4, 0.75), weights for each image", {"wiring": "ws"}, {}),
-    "er": ("ER(0.2), weights the same for all images", {"wiring": "er", **SAME}, {}),
-    "ba": ("BA(5), the same", {"wiring": "ba", **SAME}, {}),
-    "er_open": ("ER(0.2), and no threshold learns", {"wiring": "er", **SAME}, {"fix-thresholds": True}),
-    "ba_open": ("BA(5), and no threshold learns", {"wiring": "ba", **SAME}, {"fix-thresholds": True}),
+    "ws": ("WS(4, 0.75), weights the same for all images", {"topology": "ws", **SAME}, {}),
+    "ws_b": ("WS(4, 0.75), weights for each image", {"topology": "ws"}, {}),
+    "er": ("ER(0.2), weights the same for all images", {"topology": "er", **SAME}, {}),
+    "ba": ("BA(5), the same", {"topology": "ba", **SAME}, {}),
+    "er_open": ("ER(0.2), and no threshold learns", {"topology": "er", **SAME}, {"fix-thresholds": True}),
+    "ba_open": ("BA(5), and no threshold learns", {"topology": "ba", **SAME}, {"fix-thresholds": True}),
 }
 
 
@@ -45,7 +45,7 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
     for seed in seeds:
         for name in names:
             _, graph, more = VARIANTS[name]
-            kwargs = {**graph, "wiring_seed": seed} if "wiring" in graph else dict(graph)
+            kwargs = {**graph, "topology_seed": seed} if "topology" in graph else dict(graph)
             options: dict[str, Any] = {
                 "recipe": recipe,
                 "model": STATIC if name == "static" else f"dg_{STATIC}",

@@ -27,13 +27,13 @@ def main() -> int:
     rows = []
     for wiring in PAPER:
         for seed in range(args.seeds if wiring != "chain" else 1):
-            model = timm.create_model("randwire_small", wiring=wiring, wiring_seed=seed)
+            model = timm.create_model("randwire_small", topology=wiring, topology_seed=seed)
             if wiring == "chain":
                 model = dg_timm.dynamize(model, identity=False)
             counted = dg_timm.analysis.counting(model)
             rows.append(
                 {
-                    "wiring": wiring,
+                    "topology": wiring,
                     "seed": seed,
                     "params": counted.params,
                     "convolutions": counted.convolutions,

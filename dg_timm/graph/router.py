@@ -12,12 +12,12 @@ from dg_timm.graph.edges import edge_weights
 class Router(nn.Module):
     """One fully-connected layer on the pooled feature, sigmoid, times a learned scale per edge, cut at a threshold.
 
-    The row that it gives has a place for every later node; where the wiring has no edge there, it is 0.
+    The row that it gives has a place for every later node; where the topology has no edge there, it is 0.
 
     Args:
         in_chs: channels of the node's feature.
         node: its index.
-        wiring: of the stage, the sources of every node (:func:`dg_timm.graph.edges.complete`).
+        topology: of the stage, the sources of every node (:func:`dg_timm.graph.edges.complete`).
         edge_scale: False drops the scale, so that the weights are the paper's alpha.
         instance_aware: False learns one number an edge, the same for every image, in place of the fully-connected
             layer (paper 6.3: alpha instead of alpha_b).
@@ -29,7 +29,7 @@ class Router(nn.Module):
         self,
         in_chs: int,
         node: int,
-        wiring: List[List[int]],
+        topology: List[List[int]],
         edge_scale: bool = True,
         instance_aware: bool = True,
         device: Optional[torch.device] = None,
@@ -37,9 +37,9 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.node = node
-        self.out_degree = len(wiring) - 1 - node  # in the complete graph
-        self.targets = [target for target in range(node + 1, len(wiring)) if node in wiring[target]]
-        self.in_degrees = [len(wiring[target]) for target in self.targets]
+        self.out_degree = len(topology) - 1 - node  # in the complete graph
+        self.targets = [target for target in range(node + 1, len(topology)) if node in topology[target]]
+        self.in_degrees = [len(topology[target]) for target in self.targets]
         self.is_instance_aware = instance_aware
         degree = len(self.targets)
         if instance_aware:

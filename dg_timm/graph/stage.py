@@ -24,7 +24,7 @@ MIN_IMAGES = 2
 
 # Options of a graph, with which a saved network is built again: those that are True by default, and all.
 SWITCHES = ("edge_scale", "block_shortcut", "instance_aware")
-GRAPH_OPTIONS = (*SWITCHES, "wiring", "wiring_seed")
+GRAPH_OPTIONS = (*SWITCHES, "topology", "topology_seed")
 
 
 class DGStage(nn.Module):
@@ -40,14 +40,14 @@ class DGStage(nn.Module):
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
         block_shortcut: False drops the blocks' own shortcuts; the graph's edges replace them.
         instance_aware: False learns one weight an edge for all images.
-        wiring: the edges that there are, as the sources of every node; by default all.
+        topology: the edges that there are, as the sources of every node; by default all.
     """
 
     # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
     # another and never run the graph.
     __iter__ = None
     edges: List[List[int]]
-    wiring: List[List[int]]
+    topology: List[List[int]]
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class DGStage(nn.Module):
         edge_scale: bool = True,
         block_shortcut: bool = True,
         instance_aware: bool = True,
-        wiring: Optional[List[List[int]]] = None,
+        topology: Optional[List[List[int]]] = None,
     ) -> None:
         super().__init__()
         self.identity = identity
@@ -68,8 +68,8 @@ class DGStage(nn.Module):
         self.grad_checkpointing = False
         self.gates: Optional[Gates] = None  # while a cost is learned (dg_timm.budget.calibration)
         self.execution = "dense"  # set_execution
-        self.edges = wiring or graph.complete(len(plan.blocks))  # the sources of every node
-        self.wiring = self.edges  # ... that are read; fewer in static execution
+        self.edges = topology or graph.complete(len(plan.blocks))  # the sources of every node
+        self.topology = self.edges  # ... that are read; fewer in static execution
         self.num_entry = len(plan.entry)
         self.live = plan.live
         self.block_names = plan.blocks
@@ -234,7 +234,7 @@ class DGStage(nn.Module):
                 projected = True
         for index, child in enumerate(self.children()):
             if hasattr(child, "out_degree"):
-                if len(rows) > 0 and len(self.wiring[len(rows)]) == 0:
+                if len(rows) > 0 and len(self.topology[len(rows)]) == 0:
                     rows.append(rows[0])  # this node's block did not run, and nothing reads what stands here
                     edges.append([node])
                 else:
@@ -249,12 +249,12 @@ class DGStage(nn.Module):
             elif index < self.num_entry:
                 x = child(x)
                 node = x
-            elif len(self.wiring[len(rows)]) > 0:
+            elif len(self.topology[len(rows)]) > 0:
                 target = len(rows)
-                weights = graph.column(rows, target, self.wiring[target])
+                weights = graph.column(rows, target, self.topology[target])
                 if not torch.jit.is_scripting() and self.gates is not None:
-                    weights = self.gates.enter(weights, target, self.wiring[target])
-                sources = graph.carried(edges, target, self.wiring[target])
+                    weights = self.gates.enter(weights, target, self.topology[target])
+                sources = graph.carried(edges, target, self.topology[target])
                 shortcut: Optional[Tensor] = None
                 if target == 1 and projected:
                     if hasattr(child, "projects_shortcut") and self.block_shortcut:
@@ -266,7 +266,7 @@ class DGStage(nn.Module):
                     node = child(aggregation.aggregate(sources, weights, fused), shortcut)
                 else:
                     node = child(aggregation.aggregate(sources, weights, fused))
-        into_output = self.wiring[len(rows)]
+        into_output = self.topology[len(rows)]
         sources = graph.carried(edges, len(rows), into_output)
         return aggregation.aggregate(sources, graph.column(rows, len(rows), into_output), fused)
 

@@ -1,4 +1,4 @@
-"""Random wirings of a stage (paper Table 4), by the generators of the RandWire paper (Xie et al., 2019, 3.2).
+"""Random topologies of a stage (paper Table 4), by the generators of the RandWire paper (Xie et al., 2019, 3.2).
 
 A generator draws an undirected graph over the blocks. An edge points from the lower to the higher index, so that there
 is no cycle; a block that nothing leads to reads the stage's input, and one that leads nowhere goes to its output.
@@ -12,7 +12,7 @@ import numpy as np
 from dg_timm.graph import edges as graph
 
 # "complete", the name of a generator, or the sources of every node by stage
-Wiring = Union[str, Mapping[str, Sequence[Sequence[int]]]]
+Topology = Union[str, Mapping[str, Sequence[Sequence[int]]]]
 
 # Parameters of Table 4. Stages may have fewer blocks than these need; there, as many edges as can be.
 GENERATORS: dict[str, Callable[[Any, int, int], Any]] = {
@@ -22,7 +22,7 @@ GENERATORS: dict[str, Callable[[Any, int, int], Any]] = {
     ),
     "ws": lambda nx, blocks, seed: nx.watts_strogatz_graph(blocks, min(4, blocks - 1), 0.75, seed=seed),
 }
-KINDS = ("complete", *GENERATORS)
+TOPOLOGIES = ("complete", *GENERATORS)
 
 
 def _unconnected(nx: Any, count: int) -> Any:
@@ -32,35 +32,39 @@ def _unconnected(nx: Any, count: int) -> Any:
     return start
 
 
-def wire(stages: Mapping[str, int], wiring: Wiring, seed: int) -> dict[str, list[list[int]]]:
+def build_topology(stages: Mapping[str, int], topology: Topology, seed: int) -> dict[str, list[list[int]]]:
     """The sources of every node of every stage; {stage: number of blocks} says which there are.
 
     Raises:
-        TypeError: if the seed is no integer, or the wiring neither a name nor a mapping.
-        ValueError: for an unknown name, a negative seed, or edges that are no wiring of these stages.
+        TypeError: if the seed is no integer, or the topology neither a name nor a mapping.
+        ValueError: for an unknown name, a negative seed, or edges that are no topology of these stages.
         ImportError: if networkx is missing.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"wiring_seed must be an integer, got {seed!r}")
+        raise TypeError(f"topology_seed must be an integer, got {seed!r}")
     if seed < 0:
-        raise ValueError(f"wiring_seed must be at least 0, got {seed}")
-    if isinstance(wiring, Mapping):
-        if wiring.keys() != stages.keys():
-            raise ValueError(f"a wiring of the stages {', '.join(stages)} is needed, got one of {', '.join(wiring)}")
-        return {name: _checked(name, wiring[name], blocks) for name, blocks in stages.items()}
-    if not isinstance(wiring, str):
-        raise TypeError(f"wiring must be one of {', '.join(KINDS)}, or the sources of every node by stage: {wiring!r}")
-    if wiring not in KINDS:
-        raise ValueError(f"wiring must be one of {', '.join(KINDS)}, got {wiring!r}")
-    if wiring == "complete":
+        raise ValueError(f"topology_seed must be at least 0, got {seed}")
+    if isinstance(topology, Mapping):
+        if topology.keys() != stages.keys():
+            raise ValueError(
+                f"a topology of the stages {', '.join(stages)} is needed, got one of {', '.join(topology)}"
+            )
+        return {name: _checked(name, topology[name], blocks) for name, blocks in stages.items()}
+    if not isinstance(topology, str):
+        raise TypeError(
+            f"topology must be one of {', '.join(TOPOLOGIES)}, or the sources of every node by stage: {topology!r}"
+        )
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}")
+    if topology == "complete":
         return {name: graph.complete(blocks) for name, blocks in stages.items()}
     return {
-        name: random_wiring(wiring, blocks, int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
+        name: random_topology(topology, blocks, int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
         for k, (name, blocks) in enumerate(stages.items())
     }
 
 
-def random_wiring(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
+def random_topology(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
     """Of every node (input, blocks, output) its sources, in order; every block lies on a way from input to output.
 
     Args:
@@ -70,7 +74,7 @@ def random_wiring(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
     try:
         import networkx as nx
     except ImportError as error:
-        raise ImportError("random wirings need networkx: pip install 'dg-timm[plots]'") from error
+        raise ImportError("random topologies need networkx: pip install 'dg-timm[plots]'") from error
     pairs: set[tuple[int, int]] = set()
     if num_blocks > 1:  # node k of the generator is block k + 1
         drawn = GENERATORS[kind](nx, num_blocks, seed)
@@ -88,17 +92,21 @@ def random_wiring(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
 def _checked(name: str, sources: Any, blocks: int) -> list[list[int]]:
     nodes = blocks + 2
     try:
-        wiring = [[int(source) for source in of_node] for of_node in sources]
+        topology = [[int(source) for source in of_node] for of_node in sources]
     except (TypeError, ValueError):
-        raise ValueError(f"the wiring of '{name}' must list the sources of every node, got {sources!r}") from None
-    if len(wiring) != nodes:
-        raise ValueError(f"the wiring of '{name}' must have {nodes} nodes (input, blocks, output), got {len(wiring)}")
-    for target, of_node in enumerate(wiring):
+        raise ValueError(f"the topology of '{name}' must list the sources of every node, got {sources!r}") from None
+    if len(topology) != nodes:
+        raise ValueError(
+            f"the topology of '{name}' must have {nodes} nodes (input, blocks, output), got {len(topology)}"
+        )
+    for target, of_node in enumerate(topology):
         if of_node != sorted(set(of_node)) or any(not 0 <= source < target for source in of_node):
-            raise ValueError(f"the wiring of '{name}': sources of node {target} must ascend, from 0 on, below {target}")
+            raise ValueError(
+                f"the topology of '{name}': sources of node {target} must ascend, from 0 on, below {target}"
+            )
         if target > 0 and not of_node:
-            raise ValueError(f"the wiring of '{name}': node {target} has no source")
+            raise ValueError(f"the topology of '{name}': node {target} has no source")
     for source in range(nodes - 1):
-        if not any(source in of_node for of_node in wiring):
-            raise ValueError(f"the wiring of '{name}': node {source} leads nowhere")
-    return wiring
+        if not any(source in of_node for of_node in topology):
+            raise ValueError(f"the topology of '{name}': node {source} leads nowhere")
+    return topology

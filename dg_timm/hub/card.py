@@ -205,7 +205,7 @@ def with_picture(text: str, converted: bool = False) -> str:
         else "Red edges weigh more for an image than for the others shown, blue ones less."
     )
     section = (
-        f"## Wiring\n\n![The edges of each stage]({PICTURE})\n\n"
+        f"## Topology\n\n![The edges of each stage]({PICTURE})\n\n"
         f"Squares are a stage's input and output, circles its blocks, arcs its edges; the width is the weight. "
         f"{explained}"
     )

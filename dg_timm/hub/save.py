@@ -202,7 +202,7 @@ def _name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
         )
     options: dict[str, Any] = {key: False for key in SWITCHES if not getattr(stage, key)}
     if not all(stage.is_complete() for stage in stages.values()):
-        options["wiring"] = {name: stage.edges for name, stage in stages.items()}
+        options["topology"] = {name: stage.edges for name, stage in stages.items()}
     return architecture, options
 
 

@@ -1,9 +1,9 @@
 """Randomly wired networks in the small regime (Xie et al., 2019, Table 1), the rivals in the paper's Table 4.
 
-    timm.create_model("randwire_small", wiring="ws", wiring_seed=0)
+    timm.create_model("randwire_small", topology="ws", topology_seed=0)
 
-Their wiring is random and the same for every image. DG-Net in the same search space, the last row of Table 4, is the
-chain of the same nodes made dynamic: ``dynamize(timm.create_model("randwire_small", wiring="chain"), identity=False)``.
+Their topology is random and the same for every image. DG-Net in the same search space, the last row of Table 4, is the
+chain of the same nodes made dynamic: ``dynamize(timm.create_model("randwire_small", topology="chain"), identity=False)``.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from dg_timm.graph import edges as graph
-from dg_timm.graph.topology import GENERATORS, wire
+from dg_timm.graph.topology import GENERATORS
 
 CHANNELS = 78
 NODES = 32
 HEAD = 1280
-WIRINGS = ("chain", *GENERATORS)
+TOPOLOGIES = ("chain", *GENERATORS)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -60,24 +60,24 @@ class RandomStage(nn.Module):
     A node that reads the stage's input, and then nothing else, has stride 2 and changes the channels.
 
     Args:
-        wiring: the sources of every node, from :func:`dg_timm.graph.topology.random_wiring`.
+        topology: the sources of every node, from :func:`dg_timm.graph.topology.random_topology`.
     """
 
-    def __init__(self, in_chs: int, out_chs: int, wiring: list[list[int]]) -> None:
+    def __init__(self, in_chs: int, out_chs: int, topology: list[list[int]]) -> None:
         super().__init__()
-        self.wiring = wiring
+        self.topology = topology
         self.nodes = nn.ModuleList(
-            Node(in_chs, out_chs, 2) if sources == [0] else Node(out_chs, out_chs, 1) for sources in wiring[1:-1]
+            Node(in_chs, out_chs, 2) if sources == [0] else Node(out_chs, out_chs, 1) for sources in topology[1:-1]
         )
-        self.edges = nn.ParameterList(nn.Parameter(torch.zeros(len(sources))) for sources in wiring[1:-1])
+        self.edges = nn.ParameterList(nn.Parameter(torch.zeros(len(sources))) for sources in topology[1:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chs, H, W) -> (batch, out_chs, H / 2, W / 2)."""
         features = [x]
-        for node, logits, sources in zip(self.nodes, self.edges, self.wiring[1:-1], strict=True):
+        for node, logits, sources in zip(self.nodes, self.edges, self.topology[1:-1], strict=True):
             weights = torch.sigmoid(logits).expand(len(x), -1)
             features.append(node(graph.aggregate([features[k] for k in sources], weights)))
-        return torch.stack([features[k] for k in self.wiring[-1]]).mean(0)
+        return torch.stack([features[k] for k in self.topology[-1]]).mean(0)
 
 
 class RandWire(nn.Module):
@@ -85,17 +85,17 @@ class RandWire(nn.Module):
 
     def __init__(
         self,
-        wiring: str = "ws",
-        wiring_seed: int = 0,
+        topology: str = "ws",
+        topology_seed: int = 0,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if wiring not in WIRINGS:
-            raise ValueError(f"wiring must be one of {', '.join(WIRINGS)}, got {wiring!r}")
-        self.num_classes, self.in_chans, self.drop_rate, self.wiring = num_classes, in_chans, drop_rate, wiring
+        if topology not in TOPOLOGIES:
+            raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}")
+        self.num_classes, self.in_chans, self.drop_rate, self.topology = num_classes, in_chans, drop_rate, topology
         self.num_features = self.head_hidden_size = HEAD
         narrow = CHANNELS // 2
         self.stem = nn.Sequential(
@@ -105,15 +105,17 @@ class RandWire(nn.Module):
             nn.Conv2d(narrow, CHANNELS, 3, 2, padding=1, bias=False),
             nn.BatchNorm2d(CHANNELS),
         )
-        wirings = wire({str(k): NODES for k in range(3)}, "complete" if wiring == "chain" else wiring, wiring_seed)
+        topologies = build_topology(
+            {str(k): NODES for k in range(3)}, "complete" if topology == "chain" else topology, topology_seed
+        )
         stages: list[nn.Module] = []
         chs = CHANNELS
         for k, out_chs in enumerate((CHANNELS, 2 * CHANNELS, 4 * CHANNELS)):
-            if wiring == "chain":
+            if topology == "chain":
                 blocks = [Node(chs, out_chs, 2), *(Node(out_chs, out_chs, 1) for _ in range(NODES - 1))]
                 stages.append(nn.Sequential(*blocks))
             else:
-                stages.append(RandomStage(chs, out_chs, wirings[str(k)]))
+                stages.append(RandomStage(chs, out_chs, topologies[str(k)]))
             chs = out_chs
         self.stages = nn.Sequential(*stages)
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(chs, HEAD, 1, bias=False), nn.BatchNorm2d(HEAD), nn.ReLU())
@@ -144,7 +146,7 @@ class RandWire(nn.Module):
 
 @register_model
 def randwire_small(pretrained: bool = False, **kwargs: Any) -> RandWire:
-    """RandWire in the small regime; ``wiring`` (chain, er, ba, ws) and ``wiring_seed`` choose its graphs."""
+    """RandWire in the small regime; ``topology`` (chain, er, ba, ws) and ``topology_seed`` choose its graphs."""
     model: RandWire = build_model_with_cfg(RandWire, "randwire_small", pretrained, **kwargs)
     return model
 

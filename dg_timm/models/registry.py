@@ -109,7 +109,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Args:
         **kwargs: what :func:`dg_timm.dynamize` takes (``edge_scale``, ``block_shortcut``, ``instance_aware``,
-            ``wiring``, ``wiring_seed``; by default as a network that ships with this package was trained), and what
+            ``topology``, ``topology_seed``; by default as a network that ships with this package was trained), and what
             timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``, ...).
     """
     cfg, overlay = kwargs.pop("pretrained_cfg", None), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})

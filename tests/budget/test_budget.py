@@ -146,7 +146,7 @@ def closing(seed=1, **options):
     return model, torch.randn(8, 3, 32, 32, dtype=torch.double)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_shortcut": False}, {"wiring": "ws"}])
+@pytest.mark.parametrize("options", [{}, {"block_shortcut": False}, {"topology": "ws"}])
 def test_gates_change_no_result(options):
     model, images = closing(**options)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A fixed wiring folded in: equal to the dense graph whose other edges are closed, and a plain network to any tool."""
+"""A fixed topology folded in: equal to the dense graph whose other edges are closed, and a plain network to any tool."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from tests.helpers.networks import FAMILIES, randomize, randomize_graph
 from tests.helpers.stages import images, make_stage
 
 
-def random_wiring(nodes: int) -> torch.Tensor:
+def random_topology(nodes: int) -> torch.Tensor:
     """A path through about half of the nodes, and some more edges."""
     edges = (torch.rand(nodes, nodes) < 0.3).triu(1)
     path = [0, *[n for n in range(1, nodes - 1) if torch.rand(()) < 0.5], nodes - 1]
@@ -45,7 +45,7 @@ def test_equals_the_dense_graph_with_the_other_edges_closed(kind, num_blocks):
     for seed in range(4):
         torch.manual_seed(seed)
         stage, x = make_stage(kind, num_blocks), images(kind)
-        edges = useful(random_wiring(num_blocks + 2))
+        edges = useful(random_topology(num_blocks + 2))
         mask(stage, edges)
         with torch.no_grad():
             wanted = stage(x)
@@ -71,8 +71,8 @@ def test_what_leads_nowhere_is_not_run():
 def test_it_scripts_exports_traces_and_trains(name):
     model = randomize(randomize_graph(timm.create_model(name, num_classes=4)))
     x = torch.randn(2, 3, 64, 64)
-    wiring = {key: useful(random_wiring(len(stage.block_names) + 2)) for key, stage in graph_stages(model).items()}
-    dg_timm.set_execution(model, "static", wiring)
+    topology = {key: useful(random_topology(len(stage.block_names) + 2)) for key, stage in graph_stages(model).items()}
+    dg_timm.set_execution(model, "static", topology)
     with torch.no_grad():
         wanted = model(x)
         made_from = [torch.jit.script(model), torch.jit.trace(model, x), torch.export.export(model, (x,)).module()]
@@ -84,7 +84,7 @@ def test_it_scripts_exports_traces_and_trains(name):
     learning = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
     left_out = [key for key, parameter in model.named_parameters() if parameter.grad is None]
     assert learning
-    assert all(key.startswith(tuple(f"{stage}." for stage in wiring)) for key in left_out)
+    assert all(key.startswith(tuple(f"{stage}." for stage in topology)) for key in left_out)
     dg_timm.set_execution(model.eval(), "dense")
     assert not torch.equal(model(x), wanted)
 
@@ -99,8 +99,8 @@ def test_majority_topology_is_what_is_open_for_enough_images():
     sizes = []
     for share in (0, 0.2, 0.5, 1):
         found = dg_timm.majority_topology(model, batches, share)
-        for key, wiring in found.items():
-            assert torch.equal(wiring, (open_edges[key].double().mean(0) >= share) & open_edges[key].any(0))
+        for key, topology in found.items():
+            assert torch.equal(topology, (open_edges[key].double().mean(0) >= share) & open_edges[key].any(0))
         sizes.append(sum(int(w.sum()) for w in found.values()))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]
@@ -115,9 +115,9 @@ def test_its_cost_is_that_of_the_wiring():
     along = dg_timm.cost(model, x)
     assert (along < everything).all()
     assert along[0] == along[1]
-    past = {key: torch.zeros_like(wiring) for key, wiring in chain.items()}
-    for wiring in past.values():
-        wiring[0, -1] = True
+    past = {key: torch.zeros_like(topology) for key, topology in chain.items()}
+    for topology in past.values():
+        topology[0, -1] = True
     dg_timm.set_execution(model, "static", past)
     assert (dg_timm.cost(model, x) < 0.3).all()
     dg_timm.set_execution(model, "dense")
@@ -143,19 +143,19 @@ def test_bad_wirings_change_nothing():
         "strictly upper triangular": torch.ones(4, 4).bool(),
         "bool tensor, got list": [[True]],
     }
-    for message, wiring in broken.items():
+    for message, topology in broken.items():
         with pytest.raises(ValueError, match=message):
-            dg_timm.set_execution(model, "static", {**complete, "layer3": wiring})
-    with pytest.raises(ValueError, match="a wiring for the stages layer1, layer2"):
+            dg_timm.set_execution(model, "static", {**complete, "layer3": topology})
+    with pytest.raises(ValueError, match="a topology for the stages layer1, layer2"):
         dg_timm.set_execution(model, "static", {"layer1": complete["layer1"]})
-    with pytest.raises(ValueError, match="static execution needs a wiring"):
+    with pytest.raises(ValueError, match="static execution needs a topology"):
         dg_timm.set_execution(model, "static")
-    with pytest.raises(ValueError, match="dense execution takes no wiring"):
+    with pytest.raises(ValueError, match="dense execution takes no topology"):
         dg_timm.set_execution(model, "dense", complete)
     with pytest.raises(ValueError, match="no images"):
         dg_timm.majority_topology(model, [])
     with pytest.raises(ValueError, match="share must be a number from 0 to 1, got 2"):
         dg_timm.majority_topology(model, [torch.randn(1, 3, 64, 64)], 2)
     assert {stage.execution for stage in graph_stages(model).values()} == {"dense"}
-    assert all(stage.wiring == [[], [0], [0, 1], [0, 1, 2]] for stage in graph_stages(model).values())
+    assert all(stage.topology == [[], [0], [0, 1], [0, 1, 2]] for stage in graph_stages(model).values())
     assert len(routers(model)) == 12

@@ -244,9 +244,9 @@ def test_dense_is_the_default_and_is_not_saved(model, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("edge_scale", [True, False])
-@pytest.mark.parametrize("wiring", [graph.complete(4), [[], [0], [0], [1], [2], [0, 3, 4]]])
-def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, wiring, monkeypatch):
-    router = Router(37, 0, wiring, edge_scale, dtype=dtype)
+@pytest.mark.parametrize("topology", [graph.complete(4), [[], [0], [0], [1], [2], [0, 3, 4]]])
+def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, topology, monkeypatch):
+    router = Router(37, 0, topology, edge_scale, dtype=dtype)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -254,7 +254,7 @@ def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, wiring, mo
     maps = torch.randn(3, 37, 5, 5, dtype=dtype)
 
     def weighed():
-        graph = sparse._ByKernels(aggregation.kernels_for(maps), maps, len(wiring))
+        graph = sparse._ByKernels(aggregation.kernels_for(maps), maps, len(topology))
         graph.leave(0, maps, router)
         return graph.graph.alpha[:, 0, 1:]
 

@@ -233,8 +233,8 @@ def test_every_experiment_has_its_cells():
     names = list(ablation.VARIANTS)
     found = ablation.cells([0, 1, 2], names, "cifar10_scratch")
     assert len({cell.folder for cell in found}) == 3 * len(names)
-    wired = [cell for cell in found if "wiring" in cell.options.get("model-kwargs", {})]
-    assert all(cell.options["model-kwargs"]["wiring_seed"] == cell.seed for cell in wired)
+    wired = [cell for cell in found if "topology" in cell.options.get("model-kwargs", {})]
+    assert all(cell.options["model-kwargs"]["topology_seed"] == cell.seed for cell in wired)
     chained = budgets.cells(budgets.NAMES, 0, [0.5, 0.4], False)
     assert len({cell.folder for cell in chained}) == len(chained) == 11
     assert all(other in chained for cell in chained for other in cell.networks.values())

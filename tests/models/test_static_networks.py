@@ -44,31 +44,31 @@ def test_levels_and_pruning_agree():
 PAPER = {"er": 602e6, "ba": 582e6, "ws": 572e6}
 
 
-@pytest.mark.parametrize("wiring", GENERATORS)
-def test_randwire_has_the_multiply_adds_of_table_4(wiring):
-    counted = dg_timm.analysis.counting(timm.create_model("randwire_small", wiring=wiring))
-    assert counted.convolutions == pytest.approx(PAPER[wiring], rel=0.035)
+@pytest.mark.parametrize("topology", GENERATORS)
+def test_randwire_has_the_multiply_adds_of_table_4(topology):
+    counted = dg_timm.analysis.counting(timm.create_model("randwire_small", topology=topology))
+    assert counted.convolutions == pytest.approx(PAPER[topology], rel=0.035)
     assert counted.params == pytest.approx(5.6e6, rel=0.03)  # Table 5
 
 
 def test_randwire_follows_its_wiring_and_learns():
-    model = timm.create_model("randwire_small", wiring="ws", wiring_seed=2, num_classes=3).train()
+    model = timm.create_model("randwire_small", topology="ws", topology_seed=2, num_classes=3).train()
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     stage = model.eval().stages[0]
     x = torch.randn(1, 78, 16, 16)
     features = {0: x}
-    for node, sources in enumerate(stage.wiring[1:-1], start=1):
+    for node, sources in enumerate(stage.topology[1:-1], start=1):
         weights = torch.sigmoid(stage.edges[node - 1])
         features[node] = stage.nodes[node - 1](sum(w * features[s] for w, s in zip(weights, sources, strict=True)))
-    wanted = sum(features[s] for s in stage.wiring[-1]) / len(stage.wiring[-1])
+    wanted = sum(features[s] for s in stage.topology[-1]) / len(stage.topology[-1])
     assert torch.allclose(stage(x), wanted, atol=1e-5)
-    with pytest.raises(ValueError, match="wiring must be one of chain, er, ba, ws, got 'x'"):
-        timm.create_model("randwire_small", wiring="x")
+    with pytest.raises(ValueError, match="topology must be one of chain, er, ba, ws, got 'x'"):
+        timm.create_model("randwire_small", topology="x")
 
 
 def test_the_chain_of_its_nodes_becomes_dg_net():
-    model = dg_timm.dynamize(timm.create_model("randwire_small", wiring="chain"), identity=False).eval()
+    model = dg_timm.dynamize(timm.create_model("randwire_small", topology="chain"), identity=False).eval()
     assert dg_timm.analysis.counting(model).convolutions == pytest.approx(611e6, rel=0.02)
     alphas = dg_timm.adjacency(model, torch.randn(1, 3, 64, 64))
     assert [alpha.shape for alpha in alphas.values()] == [(1, 33, 33)] * 3

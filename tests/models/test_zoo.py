@@ -6,12 +6,12 @@ import warnings
 import pytest
 import timm
 import torch
-from dg_timm.benchmarks.table1 import TABLE_1
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 
 import dg_timm
+from dg_timm.benchmarks.table1 import TABLE_1
 from dg_timm.graph.stage import DGStage, graph_stages, routers
 from tests.helpers.networks import FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
 

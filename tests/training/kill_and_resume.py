@@ -26,7 +26,7 @@ from pathlib import Path
 from dg_timm.training.run.checkpoints import find_fault, newest_sound
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("all", "one", "writing", "term", "elastic")
+TOPOLOGIES = ("all", "one", "writing", "term", "elastic")
 CLASSIFY = (
     "--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1 "
     "--drop-path 0.1 --epochs 3 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=tuple(OPTIONS), default="train.py")
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--each", type=int, default=2, help="times that a run is killed before it may end")
     parser.add_argument("--seed", type=int, default=0)

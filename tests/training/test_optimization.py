@@ -284,7 +284,7 @@ def test_weights_that_are_not_there(tmp_path, static_weights):
 
 def test_a_graph_is_made_again_as_its_weights_were(tmp_path):
     """Without the blocks' shortcuts the same tensors predict something else."""
-    saved = timm.create_model("dg_cifar_resnet20", block_shortcut=False, wiring="ws", wiring_seed=3).eval()
+    saved = timm.create_model("dg_cifar_resnet20", block_shortcut=False, topology="ws", topology_seed=3).eval()
     folder = dg_timm.save_pretrained(saved, tmp_path / "net", card=None)
     again = models.create("dg_cifar_resnet20", initial_checkpoint=str(folder)).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -93,7 +93,7 @@ class Kernels:
 
 
 class Graph:
-    """The wiring of a batch in a stage of which the nodes run in order, and where their maps lie.
+    """The topology of a batch in a stage of which the nodes run in order, and where their maps lie.
 
     Attributes:
         alpha: (batch, nodes, nodes), [source, target]; 0 where an edge is closed or its source was removed.
