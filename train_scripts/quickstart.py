@@ -1,4 +1,4 @@
-"""Train a dynamic graph network and its static twin on real images, compare, save, load back, and draw the wiring.
+"""Train a dynamic graph network and its static network on real images, compare, save, load back, and draw the wiring.
 
 ``--help`` has the options; the code is :mod:`dg_timm.cli.quickstart`.
 """

@@ -1,51 +1,130 @@
-"""What a dynamic graph network has to compute for an image, given which edges are open (paper 3.4).
+"""Count parameters and multiply-adds: of a network, and of what it runs for an image (paper 3.4, Tables 1 and 2).
 
-A node all of whose input edges are closed is not run, nor is its router, and a closed edge is not read. Everything else
-is: stem, head, entry blocks, node 0's projection and router.
+Counted are convolutions, linear layers (routers too), and one multiply-add for each element that an edge reads. A
+network is counted on a copy without numbers; it is not touched.
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from dg_timm.analysis.recorder import adjacency, as_dense
-from dg_timm.conversion.find import run_on_meta
-from dg_timm.graph.router import Router
+from dg_timm._views import run_on_meta
+from dg_timm.analysis.recorder import adjacency
+from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import DGStage, graph_stages
 
-_LAYERS = (nn.Conv2d, nn.Linear)
+Size = tuple[int, int, int]  # channels, height, width
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What one forward pass of a network multiplies, for one image.
+
+    Attributes:
+        convolutions: {layer: multiply-adds}.
+        linear: the same of linear layers.
+        edges: {stage: {(source, target): multiply-adds}}, of stages that ran.
+    """
+
+    convolutions: dict[str, int]
+    linear: dict[str, int]
+    edges: dict[str, dict[tuple[int, int], int]]
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Convolutions and linear layers."""
+        return self.convolutions | self.linear
+
+
+def count_layers(model: nn.Module, input_size: Size | None = None) -> LayerCounts:
+    """Count a network, static or dynamic, with every edge open; ``input_size`` as in :func:`complexity`."""
+    counts = LayerCounts({}, {}, {})
+
+    def count(name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            kind = counts.convolutions if isinstance(module, nn.Conv2d) else counts.linear
+            kind[name] = kind.get(name, 0) + out[0].numel() * module.weight[0].numel()
+        elif isinstance(module, DGStage):
+            counts.edges[name] = module.edge_macs(args[0][0].numel(), out[0].numel())
+
+    with requesting(execution="dense"):
+        run_on_meta(model, count, input_size)
+    return counts
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a network holds, and multiplies for one image with every edge open (paper Table 1).
+
+    Attributes:
+        params: of the whole model.
+        convolutions: multiply-adds of every convolution (of nothing else: ConvNeXt's linear layers are not counted).
+        aggregation: multiply-adds of every edge (one for each element of the map that it reads); 0 if static.
+    """
+
+    params: int
+    convolutions: int
+    aggregation: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """Convolutions and aggregation together."""
+        return self.convolutions + self.aggregation
+
+
+def complexity(model: nn.Module, input_size: Size | None = None) -> Complexity:
+    """Count parameters and multiply-adds of a network, static or dynamic, with every edge open.
+
+    Args:
+        model: any image model; not touched.
+        input_size: (channels, height, width); by default that of its pretrained configuration.
+
+    >>> import dg_timm, timm
+    >>> counted = dg_timm.complexity(timm.create_model("dg_resnet18"))
+    >>> counted.params, counted.convolutions, counted.aggregation
+    (11695332, 1813561344, 2609152)
+    """
+    counts = count_layers(model, input_size)
+    edges = sum(sum(of_stage.values()) for of_stage in counts.edges.values())
+    return Complexity(sum(p.numel() for p in model.parameters()), sum(counts.convolutions.values()), edges)
 
 
 @torch.no_grad()
 def cost(model: nn.Module, images: Tensor) -> Tensor:
-    """(batch,) float64: multiply-adds run for each image, relative to the static network's.
+    """Count the multiply-adds run for each image, relative to the static network's.
 
-    Counted are convolutions, linear layers (routers too), and one multiply-add an element that an open edge reads: what
-    sparse execution runs, and in static execution the fixed wiring. A network with every edge open costs a little more
-    than 1; dense execution always costs that.
+    This is what sparse execution runs, and in fixed execution its topology. A network with every edge open costs a
+    little more than 1; dense execution always does that much. The model is not touched.
 
     Args:
-        model: a dynamic graph network; run in eval mode and left as it was.
+        model: a dynamic graph network.
         images: (batch, channels, height, width).
 
+    Returns:
+        (batch,) float64.
+
     Raises:
-        ValueError: if the model is static, or the images have the wrong rank or channels.
+        BadValue: if the model is static, or the images have the wrong rank or channels.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18").eval()
+    >>> dg_timm.cost(model, torch.randn(2, 3, 64, 64)).round(decimals=3)
+    tensor([1.0010, 1.0010], dtype=torch.float64)
     """
     return relative_cost(model, adjacency(model, images), (images.shape[1], images.shape[2], images.shape[3]))
 
 
-def relative_cost(
-    model: nn.Module, alphas: dict[str, Tensor], input_size: Optional[tuple[int, int, int]] = None
-) -> Tensor:
+def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Size | None = None) -> Tensor:
     """As :func:`cost`, for adjacencies that are known already ({stage: (batch, N, N)})."""
     opened = {}
-    for name, graph in graph_stages(model).items():
+    for name, stage in graph_stages(model).items():
+        if name not in alphas:  # a stage that does not run
+            continue
         opened[name] = (alphas[name] != 0).double()
-        if graph.execution == "static":
+        if stage.execution == "fixed":
             opened[name] = torch.zeros_like(opened[name])
-            for target, sources in enumerate(graph.wiring):
+            for target, sources in enumerate(stage.topology):
                 opened[name][:, sources, target] = 1.0
     return count_costs(model, input_size).relative(opened)
 
@@ -63,111 +142,52 @@ class Costs:
     """Multiply-adds of one image, by what can be left out.
 
     Attributes:
-        fixed: what always runs.
-        static: of the static network.
-        stages: what runs where edges are open.
+        always_run: of stem, head, entry blocks, and node 0's projection and router.
+        static_total: of the static network.
+        stages: of what runs where edges are open.
     """
 
-    fixed: int
-    static: int
+    always_run: int
+    static_total: int
     stages: dict[str, StageCosts]
 
     def relative(self, opened: dict[str, Tensor]) -> Tensor:
-        """(batch,): what runs, relative to the static network.
+        """Add up what runs, relative to the static network: (batch,).
 
         Args:
             opened: {stage: (batch, N, N)}, 1 where an edge is open and 0 where it is closed.
         """
         some = next(iter(opened.values()))
-        run = torch.full((len(some),), float(self.fixed), dtype=some.dtype, device=some.device)
+        run = torch.full((len(some),), float(self.always_run), dtype=some.dtype, device=some.device)
         for name, stage in self.stages.items():
             is_open = opened[name]
             run = run + (is_open * stage.edges.to(is_open, non_blocking=True)).sum((1, 2))
             for node, own in enumerate(stage.nodes, start=1):
                 run = run + own * (1 - (1 - is_open[:, :node, node]).prod(1))
-        return run / self.static
+        return run / self.static_total
 
 
-def count_costs(model: nn.Module, input_size: Optional[tuple[int, int, int]] = None) -> Costs:
-    """Count a dynamic graph network at ``input_size``, by default that of its pretrained configuration."""
-    layers: dict[str, int] = {}
-    maps: dict[str, tuple[int, int]] = {}  # of a stage: elements of its input, and of a node's feature
-    names = {module: name for name, module in model.named_modules()}
-    stages = graph_stages(model)
-
-    def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        if isinstance(module, Router):  # its layer is a function, no call of a module
-            layers[f"{names[module]}.fc"] = module.fc.weight.numel() if hasattr(module, "fc") else 0
-        elif isinstance(module, _LAYERS):
-            weight = module.weight[0].numel()
-            layers[names[module]] = layers.get(names[module], 0) + out[0].numel() * weight
-        elif names.get(module) in stages:
-            maps[names[module]] = (args[0][0].numel(), out[0].numel())
-
-    with as_dense(model):
-        run_on_meta(model, count, input_size)
-    added = tuple(f"{stage}.{name}." for stage, graph in stages.items() for name in graph.graph_modules())
-    static = sum(macs for name, macs in layers.items() if not name.startswith(added))
+def count_costs(model: nn.Module, input_size: Size | None = None) -> Costs:
+    """Count a dynamic graph network by what can be left out; ``input_size`` as in :func:`complexity`."""
+    counts = count_layers(model, input_size)
+    stages = {name: stage for name, stage in graph_stages(model).items() if name in counts.edges}
+    added = tuple(f"{name}.{child}." for name, stage in stages.items() for child in stage.added_modules())
+    static_total = sum(macs for layer, macs in counts.layers.items() if not layer.startswith(added))
     found = {}
-    for name, graph in stages.items():
-        nodes = [
-            sum(
-                macs
-                for layer, macs in layers.items()
-                if layer.startswith((f"{name}.{block}.", f"{name}.router{node}."))
-                and not _is_ready_shortcut(graph, node, layer.removeprefix(f"{name}.{block}."))
-            )
-            for node, block in enumerate(graph.block_names, start=1)
-        ]
-        source, feature = maps[name]
-        edges = torch.zeros(len(nodes) + 2, len(nodes) + 2, dtype=torch.float64)
-        for target, sources in enumerate(graph.edges):
-            edges[sources, target] = float(feature)
-        # (0, 1) reads the stage's input, before its stride
-        edges[0, 1] = graph.edge_reads(source, feature) - (int((edges != 0).sum()) - 1) * feature
-        found[name] = StageCosts(nodes, edges)
-    removable = sum(own for stage in found.values() for own in stage.nodes)
-    return Costs(sum(layers.values()) - removable, static, found)
+    for name, stage in stages.items():
+        edges = torch.zeros(len(stage.edges), len(stage.edges), dtype=torch.float64)
+        for (source, target), macs in counts.edges[name].items():
+            edges[source, target] = float(macs)
+        found[name] = StageCosts(_node_macs(name, stage, counts.layers), edges)
+    removable = sum(own for costs in found.values() for own in costs.nodes)
+    return Costs(sum(counts.layers.values()) - removable, static_total, found)
 
 
-def _is_ready_shortcut(graph: DGStage, node: int, layer: str) -> bool:
-    """Block 1's own downsampling feeds node 0 and runs whether block 1 does or not."""
-    if node != 1 or not layer.startswith("downsample."):
-        return False
-    return hasattr(graph.get_submodule(graph.block_names[0]), "projects_shortcut")
-
-
-@dataclass(frozen=True)
-class Complexity:
-    """Counts for one image.
-
-    Attributes:
-        params: of the whole model.
-        convolutions: multiply-adds of every convolution (of nothing else: ConvNeXt's linear layers are not counted).
-        aggregation: multiply-adds of every edge (one for each element of the map that it reads); 0 if static.
-    """
-
-    params: int
-    convolutions: int
-    aggregation: int
-
-    @property
-    def multiply_adds(self) -> int:
-        return self.convolutions + self.aggregation
-
-
-def complexity(model: nn.Module, input_size: Optional[tuple[int, int, int]] = None) -> Complexity:
-    """Count a model at ``input_size`` (channels, height, width); by default the one of its pretrained configuration.
-
-    Runs on the meta device: nothing is computed and the model is not changed.
-    """
-    counted = {"convolutions": 0, "aggregation": 0}
-
-    def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            counted["convolutions"] += out[0].numel() * module.weight[0].numel()
-        elif isinstance(module, DGStage):
-            counted["aggregation"] += module.edge_reads(args[0][0].numel(), out[0].numel())
-
-    run_on_meta(model, count, input_size)
-    return Complexity(sum(p.numel() for p in model.parameters()), **counted)
+def _node_macs(name: str, stage: DGStage, layers: dict[str, int]) -> list[int]:
+    """Multiply-adds of the block and router of nodes 1..B; a projection for node 0 always runs, and is not counted."""
+    found = []
+    for node, block in enumerate(stage.block_names, start=1):
+        own = (f"{name}.{block}.", f"{name}.router{node}.")
+        always = f"{name}.{block}.downsample." if node == 1 and stage.input_node == "shortcut" else "\0"
+        found.append(sum(m for layer, m in layers.items() if layer.startswith(own) and not layer.startswith(always)))
+    return found

@@ -1,23 +1,54 @@
-"""Record the adjacency of each image as the network runs."""
+"""Record the adjacency of each image as the network runs, without a trace on the network."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dg_timm.graph import edges as graph
+from dg_timm._errors import BadType, BadValue
+from dg_timm._modes import evaluating
+from dg_timm._views import eval_view
+from dg_timm.graph.context import request, requesting
+from dg_timm.graph.edges import adjacency_matrix
 from dg_timm.graph.router import Router
-from dg_timm.graph.stage import graph_stages, require_dynamic, routers
+from dg_timm.graph.stage import DGStage, require_dynamic
+
+# (router, pooled feature, weights of the edges that leave its node) -> what to record of them, (batch, edges, ...)
+RowOf = Callable[[Router, Tensor, Tensor], Tensor]
+
+
+class AdjacencyRecorder:
+    """Collects what routers give, and assembles the adjacency of each stage when its last router has spoken."""
+
+    def __init__(self, names: dict[DGStage, str], row_of: RowOf) -> None:
+        self.recorded: dict[str, Tensor] = {}
+        self._names, self._row_of = names, row_of
+        self._rows: dict[str, dict[int, tuple[Tensor, list[int]]]] = {}
+
+    def keep(self, stage: DGStage, node: int, router: Router, pooled: Tensor, row: Tensor) -> None:
+        """Take the row of one node."""
+        name = self._names.get(stage)
+        if name is None:
+            return
+        rows = self._rows.setdefault(name, {})
+        if node == 0:  # what is left of a forward pass that was interrupted goes
+            rows.clear()
+        rows[node] = (self._row_of(router, pooled, row), router.targets)
+        if node == len(stage.edges) - 2:
+            of_nodes = [rows[k] for k in range(len(rows))]
+            self.recorded[name] = adjacency_matrix([row for row, _ in of_nodes], [targets for _, targets in of_nodes])
 
 
 @torch.no_grad()
 def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Edge weights of every image, stage by stage.
+    """Give the edge weights of every image, stage by stage.
+
+    The model runs in dense execution and eval mode, whatever its user chose, and is not touched: other threads may
+    predict meanwhile.
 
     Args:
-        model: a dynamic graph network; it is run in eval mode and left as it was.
+        model: a dynamic graph network.
         images: (batch, channels, height, width), as the model takes them.
 
     Returns:
@@ -25,92 +56,95 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         upper triangular, for N - 2 blocks. A closed edge is exactly 0; so is every edge of a removed node.
 
     Raises:
-        ValueError: if the model is static, or the images have the wrong rank or channels.
+        BadType: if ``images`` is not a tensor.
+        BadValue: if the model is static, or the images have the wrong rank or channels.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18")
+    >>> {name: tuple(alpha.shape) for name, alpha in dg_timm.adjacency(model, torch.randn(2, 3, 64, 64)).items()}
+    {'layer1': (2, 4, 4), 'layer2': (2, 4, 4), 'layer3': (2, 4, 4), 'layer4': (2, 4, 4)}
     """
     if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with as_dense(model), record_adjacency(model) as recorded:
-            model.eval()(images)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        raise BadType(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
+    require_dynamic(model)
+    with _evaluated(model) as view, requesting(execution="dense"), record_adjacency(view) as recorded:
+        view(images)
     return recorded
 
 
 @contextmanager
-def as_dense(model: nn.Module) -> Iterator[None]:
-    """Every block and router runs inside the ``with`` block, whatever the execution."""
-    chosen = {stage: (stage.execution, stage.wiring) for stage in graph_stages(model).values()}
+def _evaluated(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; a copy of its structure if it is not, so that its own modes stay."""
     try:
-        for stage in chosen:
-            stage.execution, stage.wiring = "dense", stage.edges
-        yield
-    finally:
-        for stage, (execution, wiring) in chosen.items():
-            stage.execution, stage.wiring = execution, wiring
+        view = eval_view(model)
+    except Exception:  # a wrapper that can't be copied (DistributedDataParallel, FSDP) is switched, and switched back
+        with evaluating(model):
+            yield model
+        return
+    yield view
 
 
 @contextmanager
 def record_adjacency(
-    model: nn.Module, row_of: Callable[[Router, Tensor, Tensor], Tensor] = lambda router, pooled, row: row.detach()
+    model: nn.Module, row_of: RowOf = lambda router, pooled, row: row.detach()
 ) -> Iterator[dict[str, Tensor]]:
-    """Collect the adjacency of the last forward that runs inside the ``with`` block, at no cost of a second one.
+    """Collect the adjacency of the last forward pass inside the ``with`` block, at no cost of a second one.
+
+    Only passes of this thread, in dense execution, are seen; the model is not touched.
 
     Args:
-        row_of: (router, pooled feature, weights of the edges that leave its node) -> what to collect of them.
+        model: a dynamic graph network.
+        row_of: what to record of each router: (router, pooled feature (batch, channels), weights (batch, edges)) ->
+            (batch, edges, ...).
+
+    Returns:
+        ``{stage name: alpha}``, filled as stages run; see :func:`dg_timm.adjacency`.
+
+    Raises:
+        BadValue: if the model is static, or not in dense execution.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18").eval()
+    >>> with dg_timm.record_adjacency(model) as recorded:
+    ...     logits = model(torch.randn(2, 3, 64, 64))
+    >>> tuple(recorded["layer1"].shape)
+    (2, 4, 4)
     """
     stages = require_dynamic(model)
-    recorded: dict[str, Tensor] = {}
-    if any(stage.execution != "dense" for stage in stages.values()):
-        raise ValueError("the adjacency is recorded in dense execution: dg_timm.set_execution(model, 'dense') first")
-    handles = []
-    for name, stage in stages.items():
-        rows: list[Tensor] = []
-
-        def begin(module: nn.Module, args: tuple[Tensor, ...], rows: list[Tensor] = rows) -> None:
-            rows.clear()  # of a forward that was interrupted
-
-        def keep(module: Any, args: tuple[Tensor, ...], row: Tensor, rows: list[Tensor] = rows) -> None:
-            rows.append(row_of(module, args[0], row))
-
-        def assemble(
-            module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: list[Tensor] = rows
-        ) -> None:
-            recorded[name] = graph.adjacency_matrix(rows)
-            rows.clear()
-
-        handles += [router.register_forward_hook(keep) for router in routers(stage).values()]
-        handles += [stage.register_forward_pre_hook(begin), stage.register_forward_hook(assemble)]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
+    if request().execution != "dense" and any(stage.execution != "dense" for stage in stages.values()):
+        raise BadValue("the adjacency is recorded in dense execution: dg_timm.set_execution(model, 'dense') first")
+    recorder = AdjacencyRecorder({stage: name for name, stage in stages.items()}, row_of)
+    with requesting(recorder=recorder):
+        yield recorder.recorded
 
 
 def majority_topology(model: nn.Module, batches: Iterable[Tensor], share: float = 0.5) -> dict[str, Tensor]:
-    """One wiring for all images: the edges that are open for at least a share of those of a data set.
+    """Find one topology for all images: the edges that are open for at least a share of those of a data set.
 
     Args:
+        model: a dynamic graph network.
         batches: of images, (batch, channels, height, width), as the model takes them.
-        share: from 0 to 1.
+        share: of the images, from 0 to 1.
 
     Returns:
-        {stage: (N, N) bool}, for ``set_execution(model, "static", wiring)``.
+        {stage: (N, N) bool}, for ``set_execution(model, "fixed", topology)``.
 
     Raises:
-        ValueError: if there is no image, the share is not one, or the model is static.
+        BadValue: if there is no image, the share is not one, or the model is static.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18").eval()
+    >>> topology = dg_timm.majority_topology(model, [torch.randn(2, 3, 64, 64)])
+    >>> dg_timm.set_execution(model, "fixed", topology)
     """
     require_dynamic(model)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"share must be a number from 0 to 1, got {share!r}")
+        raise BadValue(f"share must be a number from 0 to 1, got {share!r}")
     total, times_open = 0, dict[str, Tensor]()
     for images in batches:
         total += len(images)
         for name, alpha in adjacency(model, images).items():
             times_open[name] = times_open.get(name, 0) + (alpha != 0).sum(0)
     if total == 0:
-        raise ValueError("no images: give at least one batch (batch, channels, height, width)")
+        raise BadValue("no images: give at least one batch (batch, channels, height, width)")
     return {name: ((count >= share * total) & (count > 0)) for name, count in times_open.items()}

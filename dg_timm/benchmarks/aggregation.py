@@ -1,6 +1,7 @@
-"""Aggregation alone, in every way that was considered, beside a copy of the same machine in the same rounds."""
+"""Time aggregation alone, in every way that was considered, beside a copy of the same machine in the same rounds."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -8,114 +9,127 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dg_timm.benchmarks import networks as benchmark_models
-from dg_timm.conversion.find import run_on_meta
-from dg_timm.execution import aggregation
-from dg_timm.graph import edges as graph
+from dg_timm._views import run_on_meta
+from dg_timm.benchmarks.equivalence import NotEquivalent
+from dg_timm.benchmarks.setting import Row, Setting
+from dg_timm.benchmarks.timing import MemoryCopy, order_of_round, seconds
+from dg_timm.execution import operators
+from dg_timm.graph import edges
 from dg_timm.graph.stage import DGStage
 
-Setting = dict[str, Any]
+_WITH_GRADIENTS = "forward and backward: "
 
 
-class Copy:
-    """A copy larger than the caches, into memory that is there already: the bandwidth that aggregation can hope for."""
+@dataclass(frozen=True)
+class Way:
+    """One way to aggregate.
 
-    def __init__(self, device: str, megabytes: int = 256) -> None:
-        self.source = torch.ones(megabytes * 2**18, device=device)
-        self.target = torch.empty_like(self.source).copy_(self.source)
-        self.bytes = 2 * self.source.numel() * self.source.element_size()
+    Attributes:
+        run: does it once.
+        moved: maps that it must read and write at least.
+    """
 
-    def __call__(self) -> None:
-        self.target.copy_(self.source)
+    run: Callable[[], Any]
+    moved: int
 
 
 def by_buffer(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """One product of matrices over a buffer that holds all maps of an image."""
+    """Multiply matrices over a buffer that holds all maps of an image; as :func:`operators.weighted_sum`."""
     buffer = torch.stack([s.flatten(1) for s in sources], dim=1)
     return torch.bmm(weights[:, None], buffer).view_as(sources[0])
 
 
-def measure(specs: list[str], settings: list[Setting], rounds: int) -> list[dict[str, Any]]:
-    """Rows for the node with the most predecessors in every stage of every model."""
+def measure_aggregation(specs: list[str], settings: list[Setting], rounds: int) -> list[Row]:
+    """Time the node with the most predecessors in every stage of every network; each shape once.
+
+    Raises:
+        NotEquivalent: if a way does not give the weighted sum.
+    """
     rows = []
     for setting in settings:
         done = set()
         for spec in specs:
             model = timm.create_model(spec.partition(":")[0])
-            for shape, sources in nodes(model, setting["image_size"]):
-                if (shape, sources) not in done:
-                    done.add((shape, sources))
-                    rows += measure_node((setting["batch_size"], *shape), sources, setting, rounds)
+            for shape, in_degree in find_nodes(model, setting):
+                if (shape, in_degree) not in done:
+                    done.add((shape, in_degree))
+                    rows += _measure_node(shape, in_degree, setting, rounds)
     return rows
 
 
-def nodes(model: nn.Module, image_size: int) -> list[tuple[tuple[int, ...], int]]:
-    """Of every stage the shape of a feature and the in-degree of its output."""
+def find_nodes(model: nn.Module, setting: Setting) -> list[tuple[tuple[int, ...], int]]:
+    """Find of every stage the shape of a feature (channels, height, width) and the in-degree of its output."""
     found: list[tuple[tuple[int, ...], int]] = []
 
-    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if isinstance(module, DGStage):
             found.append((tuple(out.shape[1:]), len(module.block_names) + 1))
 
-    run_on_meta(model, record, (3, image_size, image_size))
+    run_on_meta(model, record, setting.input_size)
     return found
 
 
-def measure_node(shape: tuple[int, ...], in_degree: int, setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    device, dtype = setting["device"], getattr(torch, setting["dtype"])
-    layout = benchmark_models.layout_of(setting)
-    maps = [torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout) for _ in range(in_degree)]
-    weights = torch.rand(shape[0], in_degree, device=device)
-    wanted = graph.aggregate(maps, weights)
-    compiled = torch.compile(graph.aggregate, dynamic=False)
-    ways: dict[str, Callable[[], Any]] = {
-        "kernels": lambda: aggregation.gather(maps, weights),
-        "reference": lambda: graph.aggregate(maps, weights),
+def _make_ways(maps: list[Tensor], weights: Tensor) -> dict[str, Way]:
+    """List the ways to add up maps, and to form their gradients; each is compared with the reference formula first."""
+    in_degree, dtype = len(maps), maps[0].dtype
+    expected = edges.weighted_sum(maps, weights)
+    compiled = torch.compile(edges.weighted_sum, dynamic=False)
+    sums: dict[str, Callable[[], Tensor]] = {
+        "kernels": lambda: operators.weighted_sum(maps, weights),
+        "reference": lambda: edges.weighted_sum(maps, weights),
         "buffer and bmm": lambda: by_buffer(maps, weights.to(dtype)),
         "compiled": lambda: compiled(maps, weights),
     }
-    for name, way in ways.items():
-        tolerance = 1e-4 if dtype == torch.float32 else 0.1
-        if not torch.allclose(way().float(), wanted.float(), tolerance, tolerance):
-            raise benchmark_models.Refused(f"{name} does not give the weighted sum; it is not timed")
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for name, run in sums.items():
+        if not torch.allclose(run().float(), expected.float(), tolerance, tolerance):
+            raise NotEquivalent(f"{name} does not give the weighted sum; it is not timed")
     learning = weights.clone().requires_grad_()
     leaves = [m.clone().requires_grad_() for m in maps]
-    g = torch.randn_like(wanted)
+    gradient = torch.randn_like(expected)
 
-    def autograd_of(function: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(leaves, learning), [*leaves, learning], g)
+    def with_gradients(function: Callable[[list[Tensor], Tensor], Tensor]) -> Way:
+        def run() -> Any:
+            with torch.enable_grad():
+                return torch.autograd.grad(function(leaves, learning), [*leaves, learning], gradient)
 
-    ways |= {
-        "gradients: kernels": lambda: aggregation.fan_out_gradients(maps, wanted, weights),
-        "forward and backward: reference": autograd_of(graph.aggregate),
-        "forward and backward: compiled": autograd_of(compiled),
+        return Way(run, 4 * in_degree + 2)  # z; then for every source x, g, dx ...
+
+    return {
+        **{name: Way(run, in_degree + 1) for name, run in sums.items()},
+        "gradients: kernels": Way(lambda: operators.product_gradients(maps, expected, weights), in_degree + 2),
+        f"{_WITH_GRADIENTS}reference": with_gradients(edges.weighted_sum),
+        f"{_WITH_GRADIENTS}compiled": with_gradients(compiled),
     }
-    moved = {
-        "gradients: kernels": in_degree + 2,
-        "forward and backward: reference": 4 * in_degree + 2,  # z; then for every source x, g, dx ...
-        "forward and backward: compiled": 4 * in_degree + 2,
-    }
-    map_bytes = maps[0].numel() * maps[0].element_size()
-    copy = Copy(device)
-    times: dict[str, list[float]] = {"copy": [], **{name: [] for name in ways}}
-    everything: list[tuple[str, Callable[[], Any]]] = [("copy", copy), *ways.items()]
-    for _, way in everything:
-        way(), way()
+
+
+def _measure_node(shape: tuple[int, ...], in_degree: int, setting: Setting, rounds: int) -> list[Row]:
+    torch.manual_seed(0)
+    size, layout = (setting.batch_size, *shape), setting.memory_format
+    maps = [
+        torch.randn(size, device=setting.device).to(setting.torch_dtype).contiguous(memory_format=layout)
+        for _ in range(in_degree)
+    ]
+    ways = _make_ways(maps, torch.rand(setting.batch_size, in_degree, device=setting.device))
+    copy = MemoryCopy(setting.device)
+    runs: dict[str, Callable[[], Any]] = {"copy": copy, **{name: way.run for name, way in ways.items()}}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
+        for run in runs.values():  # warm up
+            run(), run()
         for number in range(rounds):
-            for name, way in everything if number % 2 == 0 else reversed(everything):
-                with torch.set_grad_enabled(name.startswith("forward")):
-                    times[name].append(benchmark_models.seconds(way, device))
+            for name in order_of_round(runs, number):
+                times[name].append(seconds(runs[name], setting.device))
+    map_bytes = maps[0].numel() * maps[0].element_size()
     rows = []
-    for name in ways:
-        size = moved.get(name, in_degree + 1) * map_bytes
-        shares = [size / t / (copy.bytes / c) for t, c in zip(times[name], times["copy"], strict=True)]
+    for name, way in ways.items():
+        moved = way.moved * map_bytes
+        shares = [moved / t / (copy.bytes / c) for t, c in zip(times[name], times["copy"], strict=True)]
         low, _, high = quantiles(shares, n=4)
         rows.append({
-            "way": name, "shape": "x".join(map(str, shape)), "in_degree": in_degree, "layout": setting["layout"],
-            "dtype": setting["dtype"], "device": device, "map_mib": round(map_bytes / 2**20, 1), "rounds": rounds,
-            "ms": round(1000 * median(times[name]), 3), "gb_s": round(size / median(times[name]) / 1e9, 1),
+            "way": name, "shape": "x".join(map(str, size)), "in_degree": in_degree, "layout": setting.layout,
+            "dtype": setting.dtype, "device": setting.device, "map_mib": round(map_bytes / 2**20, 1), "rounds": rounds,
+            "ms": round(1000 * median(times[name]), 3), "gb_s": round(moved / median(times[name]) / 1e9, 1),
             "copy_gb_s": round(copy.bytes / median(times["copy"]) / 1e9, 1), "share": round(median(shares), 3),
             "low": round(low, 3), "high": round(high, 3),
         })  # fmt: skip

@@ -5,65 +5,91 @@
     python train_scripts/publish.py dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
 
 The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
-weights, converted, with the card that hub_cards/ has for it, or those that ship with the package. Nothing but the files
-listed is sent, in one commit, and none where the repository holds the same already. The token is that of
+weights, converted, with the card that hub_cards/ has for it, or a network that ships with the package. Only the files
+listed are sent, in one commit, and none where the repository holds the same already. The token is that of
 `hf auth login` or HF_TOKEN; it is never printed or stored.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
 import dg_timm
-from dg_timm.hub.push import planned_files, push_folder
-from dg_timm.hub.save import README, draw
+from dg_timm._errors import BadValue, UserError
+from dg_timm.hub.layout import CONFIG, README
+from dg_timm.hub.planning import planned_files
+from dg_timm.hub.push import check_repo_id, push_folder
+from dg_timm.hub.save import attach_wiring_picture
+from dg_timm.models.registry import BUNDLED, STATIC_MODELS, try_register
 
-CARDS = Path(__file__).parents[2] / "hub_cards"
+CARDS = Path(__file__).parents[2] / "hub_cards"  # of the repository; an installed package has none
 PICTURES = 4  # drawn on the card
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="FOLDER_OR_MODEL")
-    parser.add_argument("repo_id", metavar="OWNER/NAME")
-    parser.add_argument("--images", type=Path, help="folder of pictures; the wiring of the first few goes on the card")
-    parser.add_argument("--card", type=Path, help="source of a zoo model's card; by default the one in hub_cards/")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a zoo model's weights, for example 500MB")
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--revision", help="branch, made if missing; by default main")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--commit-message")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
-    args = parser.parse_args(argv)
+    parser.add_argument("source", metavar="FOLDER_OR_MODEL", help="a saved network, or a name of the zoo with its tag")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository to publish to; it is made if missing")
+    parser.add_argument(
+        "--images", type=Path, help=f"a folder of pictures; the card shows the wiring of the first {PICTURES} "
+        "(default: the card's own picture)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--card", type=Path, help="the source of a zoo model's card (default: the file in hub_cards/ that names it)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB",
+        help="the largest weights file of a zoo model, in bytes or for example 500MB (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="make a private repository (default: a public one)")
+    parser.add_argument("--revision", help="the branch to commit to; it is made if missing (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request (default: commit directly)")
+    parser.add_argument("--commit-message", help="the commit's message (default: the network's name and our version)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be sent, and send nothing (default: send)"
+    )
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-            folder = prepare(args, Path(scratch) / "model")
-            show(planned_files(folder, args.repo_id), args.repo_id, with_card=args.dry_run)
-            if args.dry_run:
-                print("\nnothing was sent (--dry-run)")
-                return 0
-            done = push_folder(
-                folder,
-                args.repo_id,
-                private=args.private or None,
-                revision=args.revision,
-                create_pr=args.create_pr,
-                commit_message=args.commit_message,
-            )
-    except (ValueError, RuntimeError, OSError, ImportError, HfHubHTTPError) as error:
+            return publish_source(args, Path(scratch) / "model")
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def publish_source(args: argparse.Namespace, scratch: Path) -> int:
+    """Show what would be sent and, unless ``--dry-run`` is given, send it; return the exit status."""
+    check_repo_id(args.repo_id)
+    folder = prepare(args, scratch)
+    show(planned_files(folder, args.repo_id), args.repo_id, with_card=args.dry_run)
+    if args.dry_run:
+        print("\nnothing was sent (--dry-run)")
+        return 0
+    done = push_folder(
+        folder,
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.commit_message,
+    )
     if done.changed:
         print(f"published: {done.url}")
     else:
@@ -72,55 +98,91 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> Path:
-    """The folder to publish: the user's own, a copy of it with the picture, or one made for a model of the zoo."""
+    """Return the folder to publish: the user's own, a copy of it with the picture, or one made of a zoo model."""
     source = Path(args.source)
     if source.is_dir():
         folder = source / "model" if not (source / README).exists() and (source / "model").is_dir() else source
-        if args.card is not None:
-            raise ValueError(f"--card is for models of the zoo; {folder} has its card, {README}: edit that one")
-        if args.images is None:
-            return folder
-        scratch.mkdir()
-        for name in planned_files(folder, args.repo_id):
-            shutil.copy(folder / name, scratch)
-        trained = timm.create_model(f"local-dir:{scratch}", pretrained=True)
-        draw(trained, read_images(args.images, trained), scratch)
-        return scratch
-    if not args.source.startswith("dg_") or not timm.is_model(args.source.partition(".")[0]):
-        raise ValueError(f"{args.source} is neither a folder nor a model of the zoo (timm.list_models('dg_*'))")
-    if args.source in dg_timm.models.registry.TRAINED:
-        return dg_timm.models.registry.TRAINED[args.source]
+        return prepare_folder(folder, args, scratch)
+    if args.source.partition(".")[0].removeprefix("dg_") not in STATIC_MODELS or not args.source.startswith("dg_"):
+        raise BadValue(f"{args.source} is neither a folder nor a model of the zoo (timm.list_models('dg_*'))")
+    if args.source in BUNDLED:
+        return BUNDLED[args.source]
     if args.images is not None:
-        raise ValueError("--images: a converted network has the same wiring for every image; leave it out")
-    tag = timm.get_pretrained_cfg_value(args.source, "tag")
-    name = args.source if "." in args.source else f"{args.source}.{tag}"
+        raise BadValue("--images: a converted network has the same wiring for every image; leave it out")
+    return convert_published(name_with_tag(args.source), args, scratch)
+
+
+def prepare_folder(folder: Path, args: argparse.Namespace, scratch: Path) -> Path:
+    if args.card is not None:
+        raise BadValue(f"--card is for models of the zoo; {folder} has its card, {README}: edit that one")
+    make_name_known(folder)
+    if args.images is None:
+        return folder
+    scratch.mkdir()
+    for name in planned_files(folder, args.repo_id):
+        shutil.copy(folder / name, scratch)
+    model = timm.create_model(f"local-dir:{scratch}", pretrained=True)
+    attach_wiring_picture(model, read_images(args.images, model), scratch)
+    return scratch
+
+
+def make_name_known(folder: Path) -> None:
+    """Register the network's name where the zoo does not list it; what is wrong with a folder is said later."""
+    try:
+        architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    try_register(architecture)
+
+
+def convert_published(name: str, args: argparse.Namespace, scratch: Path) -> Path:
+    """Load timm's weights into a model of the zoo, and save it with its card."""
     card = dg_timm.Card.read(args.card or find_card(name), name)
     model: Any = timm.create_model(name, pretrained=True)
-    return dg_timm.save_pretrained(
-        model,
-        scratch,
-        card=card,
-        images=torch.zeros(1, *model.pretrained_cfg["input_size"]) if card.converted else None,
-        max_shard_size=args.max_shard_size,
-    )
+    images = torch.zeros(1, *model.pretrained_cfg["input_size"]) if card.converted else None
+    return dg_timm.save_pretrained(model, scratch, card=card, images=images, max_shard_size=args.max_shard_size)
+
+
+def name_with_tag(name: str) -> str:
+    """Complete a name of the zoo by its default tag."""
+    known = [key for key, cfg in get_arch_pretrained_cfgs(name.partition(".")[0]).items() if cfg.has_weights]
+    if "." not in name:
+        name = f"{name}.{timm.get_pretrained_cfg_value(name, 'tag')}"
+    if name not in known:
+        raise BadValue(f"{name} has no weights; there are {', '.join(known) or 'none of this model'}")
+    return name
 
 
 def find_card(name: str) -> Path:
+    """Find the source in hub_cards/ that has the card of a model."""
+    if not CARDS.is_dir():
+        raise BadValue(
+            f"the cards of the zoo lie in hub_cards/ of dg_timm's repository, and {CARDS} does not exist: run this "
+            "in a clone of the repository, or give --card"
+        )
     for file in sorted(CARDS.glob("*.yaml")):
-        if f"- {name}\n" in file.read_text():
+        if f"- {name}\n" in file.read_text(encoding="utf-8"):
             return file
-    raise ValueError(f"hub_cards/ has no card for {name}; add it to the `models` of one, or give --card")
+    raise BadValue(f"hub_cards/ has no card for {name}; add it to the `models` of one, or give --card")
 
 
 def read_images(folder: Path, model: Any) -> Tensor:
+    """Read the first few pictures of a folder as the model takes them: (batch, channels, height, width)."""
     files = sorted(p for p in folder.glob("**/*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not files:
-        raise ValueError(f"--images {folder} holds no picture (jpg, png, webp)")
+        raise BadValue(f"--images {folder} holds no picture (jpg, png, webp)")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files[:PICTURES]])
+    images = []
+    for file in files[:PICTURES]:
+        try:
+            images.append(transform(Image.open(file).convert("RGB")))
+        except OSError as error:  # Pillow's own error is one
+            raise BadValue(f"--images: can't read {file}: {error}") from error
+    return torch.stack(images)
 
 
-def show(files: dict[str, str | bytes], repo_id: str, with_card: bool) -> None:
+def show(files: Mapping[str, str | bytes], repo_id: str, with_card: bool) -> None:
+    """Print the files with their sizes and, if wanted, the card."""
     print(f"{repo_id}:")
     for name, content in files.items():
         size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size

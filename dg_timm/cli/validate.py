@@ -1,4 +1,4 @@
-"""Evaluate networks: top-1, top-5 and loss, exact under any number of processes. One JSON line a network.
+"""Evaluate networks: top-1, top-5 and loss, exact under any number of processes. Prints a JSON line for each network.
 
     python train_scripts/validate.py output/train/model --data digits
     python train_scripts/validate.py dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,56 +22,71 @@ from accelerate import Accelerator
 from timm.data import create_transform
 
 import dg_timm
+from dg_timm._errors import BadValue, UserError
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.data.loading import sample_images
+from dg_timm.training.data.loader import sample_images
 from dg_timm.training.data.sources import Splits
-from dg_timm.training.loop.distributed import Agreement, make_accelerator
-from dg_timm.training.loop.evaluation import evaluate_model
-from dg_timm.training.run import arguments
-from dg_timm.training.run import networks as models
-from dg_timm.training.run.build import data_config_of, load_data, make_loader
-from dg_timm.training.run.report import graph_statistics
+from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
+from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.run import data_options, networks
+from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
+from dg_timm.training.run.option_types import HelpFormatter, KeyValues, flag, non_negative_float, positive_int
+
+COST_IMAGES = 64  # over which the mean cost is taken
+_MAX_NAMES_SHOWN = 5
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    arguments.add_data_options(parser)
-    arguments.add_image_options(parser)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line (by default that of this process)."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="networks to evaluate, one after the other")
+    data_options.add_data_options(parser)
+    data_options.add_image_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--checkpoint", help="safetensors file or folder with weights for MODEL, in place of the published ones"
+        "--checkpoint",
+        help="safetensors file or folder with weights for MODEL, in place of the published ones; by default those",
     )
-    run.add_argument("--model-kwargs", nargs="+", action=arguments.KeyValues, default={}, metavar="KEY=VALUE")
-    run.add_argument("--threshold", type=arguments.amount, help="one threshold for all nodes of dynamic networks")
-    run.add_argument("--batch-size", type=arguments.positive, default=64, help="images at a time on a process")
-    run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    run.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False)
-    args = parser.parse_args()
+    run.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action=KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="further arguments of the networks; by default none",
+    )
+    run.add_argument(
+        "--threshold",
+        type=non_negative_float,
+        help="one threshold for all nodes of dynamic networks; by default the learned ones",
+    )
+    run.add_argument("--batch-size", type=positive_int, default=64, help="number of images at a time on a process")
+    run.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        default="no",
+        help="precision of autocast; fp16 needs a GPU",
+    )
+    flag(run, "--channels-last", False, "lay images and weights out with channels last")
+    args = parser.parse_args(argv)
     args.seed = 0  # nothing is drawn
     return args
 
 
-def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """The figures of one network."""
-    model = models.create(
+def validate_network(name: str, splits: Splits, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """Evaluate one network; return its figures, the same in every process but for ``cost``.
+
+    Raises:
+        BadValue: for a network whose classes are not those of the data.
+    """
+    model = networks.create(
         name,
         pretrained=args.checkpoint is None,
         initial_checkpoint=args.checkpoint,
         in_chans=args.in_chans,
         **args.model_kwargs,
     )
-    classes = len(splits.label_names)
-    if model.num_classes not in (classes, args.num_classes):
-        raise ValueError(
-            f"{name} has {model.num_classes} classes, {args.data} has {classes}; if its labels are among those of the "
-            f"network all the same, say so with --num-classes {model.num_classes}"
-        )
-    own = getattr(model, "pretrained_cfg", {}).get("label_names")
-    if own and model.num_classes == classes and list(own) != splits.label_names:
-        raise ValueError(f"{name} was trained on {list(own)[:5]}, {args.data} has {splits.label_names[:5]}")
+    _check_classes(name, model, splits, args)
     data_config = data_config_of(model, args)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(accelerator.device, memory_format=layout)
@@ -81,29 +97,57 @@ def validate(name: str, splits: Splits, args: argparse.Namespace, accelerator: A
         splits.test, args, transform, splits.label_names, args.batch_size, accelerator, data_config, training=False
     )
     start = time.perf_counter()
-    figures = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last)
+    result = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last)
     seconds = time.perf_counter() - start
-    counts = dg_timm.analysis.counting(model, data_config["input_size"])
+    counts = dg_timm.complexity(model, data_config["input_size"])
     row: dict[str, Any] = dict(
         model=name,
-        top1=figures.top1,
-        top5=figures.top5 if classes > 5 else None,
-        loss=figures.loss,
-        images=figures.images,
+        top1=result.top1,
+        top5=result.top5 if len(splits.label_names) > 5 else None,
+        loss=result.loss,
+        images=result.images,
         params=counts.params,
         multiply_adds=counts.multiply_adds,
         image_size=list(data_config["input_size"]),
         seconds=round(seconds, 2),
     )
-    skipped = int(Agreement().sum(loader.skipped)[0])
+    skipped = int(HostAllReduce().sum(loader.skipped)[0])
     if skipped:
         row["skipped"] = skipped
     if graph_stages(model) and accelerator.is_main_process:
-        row["cost"] = graph_statistics(model, sample_images(loader, 64).to(accelerator.device))["cost"]
+        row["cost"] = graph_statistics(model, sample_images(loader, COST_IMAGES).to(accelerator.device))["cost"]
     return row
 
 
+def _check_classes(name: str, model: Any, splits: Splits, args: argparse.Namespace) -> None:
+    classes = len(splits.label_names)
+    if model.num_classes not in (classes, args.num_classes):
+        raise BadValue(
+            f"{name} has {model.num_classes} classes, {args.data} has {classes}; if its labels are among those of the "
+            f"network all the same, say so with --num-classes {model.num_classes}"
+        )
+    own = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if own and model.num_classes == classes and list(own) != splits.label_names:
+        shown, theirs = list(own)[:_MAX_NAMES_SHOWN], splits.label_names[:_MAX_NAMES_SHOWN]
+        raise BadValue(f"{name} was trained on {shown}, {args.data} has {theirs}")
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the figures of several networks side by side."""
+    width = max(len(row["model"]) for row in rows)
+    titles = f"{'top-1 (%)':>10} {'top-5 (%)':>10} {'loss':>8} {'params (M)':>11} {'MACs (M)':>9} {'cost':>6}"
+    lines = [f"{'':{width}} {titles}"]
+    for row in rows:
+        top5, cost = (f"{value:.3f}" if value is not None else "" for value in (row["top5"], row.get("cost")))
+        lines.append(
+            f"{row['model']:{width}} {row['top1']:10.3f} {top5:>10} {row['loss']:8.4f} "
+            f"{row['params'] / 1e6:11.3f} {row['multiply_adds'] / 1e6:9.1f} {cost:>6}"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
+    """Evaluate all networks; return the exit status."""
     args = parse()
     try:
         accelerator = make_accelerator(mixed_precision=args.mixed_precision)
@@ -113,20 +157,12 @@ def main() -> int:
             print(f"evaluating on {splits.test.name}: {splits.test.size or 'a stream of'} images", file=sys.stderr)
         rows = []
         for name in args.models:
-            rows.append(validate(name, splits, args, accelerator))
+            rows.append(validate_network(name, splits, args, accelerator))
             accelerator.print(json.dumps(rows[-1]), flush=True)
         accelerator.end_training()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     if len(rows) > 1:
-        width = max(len(row["model"]) for row in rows)
-        titles = f"{'top-1 (%)':>10} {'top-5 (%)':>10} {'loss':>8} {'params (M)':>11} {'MACs (M)':>9} {'cost':>6}"
-        accelerator.print(f"\n{'':{width}} {titles}")
-        for row in rows:
-            top5, cost = (f"{value:.3f}" if value is not None else "" for value in (row["top5"], row.get("cost")))
-            accelerator.print(
-                f"{row['model']:{width}} {row['top1']:10.3f} {top5:>10} {row['loss']:8.4f} "
-                f"{row['params'] / 1e6:11.3f} {row['multiply_adds'] / 1e6:9.1f} {cost:>6}"
-            )
+        accelerator.print(f"\n{format_table(rows)}")
     return 0

@@ -1,22 +1,20 @@
 """``dynamize``: turn a timm model, in place, into a dynamic graph network (paper 3.1-3.2)."""
 
-import functools
-import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, Optional, Tuple, Union
+from typing import Tuple
 
 import torch
 from torch import Tensor, nn
 
-from dg_timm.conversion import state_dict as checkpoint
-from dg_timm.conversion.blocks import can_drop_shortcut
-from dg_timm.conversion.find import StagePlan, find_stages
-from dg_timm.graph.stage import DGStage
+from dg_timm import _compat
+from dg_timm._errors import BadType, BadValue
+from dg_timm.conversion import blocks, state_dict
+from dg_timm.conversion.classes import dynamic_class
+from dg_timm.conversion.find import find_stages
+from dg_timm.execution.engine import run_stage
+from dg_timm.graph.plan import StagePlan
+from dg_timm.graph.stage import DGStage, graph_stages
 from dg_timm.graph.topology import Topology, build_topology
-
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 
 def dynamize(
@@ -49,52 +47,89 @@ def dynamize(
         topology_seed: of a random graph; every stage draws its own.
 
     Raises:
-        TypeError: if ``model`` is not a timm model, or an option has another type.
-        ImportError: if a random graph needs networkx, and it is missing.
-        ValueError: if it is dynamic already, has no stage to convert, or the options exclude each other. The model is
-            then left as it was.
+        BadType: if ``model`` is not a timm model, or an option has another type.
+        MissingPackage: if a random graph needs networkx, and it is missing.
+        BadValue: if it is dynamic already, has no stage to convert, or the options exclude each other. Whatever is
+            raised, the model is then left as it was.
+
+    >>> import dg_timm, timm, torch
+    >>> model, images = timm.create_model("resnet18").eval(), torch.randn(2, 3, 64, 64)
+    >>> before = model(images)
+    >>> torch.equal(dg_timm.dynamize(model)(images), before)
+    True
     """
-    options: dict[str, bool] = dict(
+    options = dict(
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     _check_options(**options)
     if identity and topology != "complete":
-        raise ValueError(
-            f"identity conversion needs the complete topology, got {topology!r}: pass identity=False to train from scratch"
+        raise BadValue(
+            f"identity conversion needs the complete topology, got {topology!r}: pass identity=False to train from "
+            "scratch"
         )
-    if not isinstance(model, nn.Module) or not _is_timm(model):
-        raise TypeError(
-            f"expected a timm model, got {type(model).__module__}.{type(model).__qualname__}; "
-            "make one with timm.create_model(...)"
-        )
-    if checkpoint.graph_stages(model):
-        raise ValueError(f"this {type(model).__name__} is a dynamic graph network already; convert a static model")
+    _check_model(model)
     checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-    if checkpointing:  # it would hide the dataflow by which stages are found
-        model.set_grad_checkpointing(False)  # type: ignore[operator]
+    _set_checkpointing(model, checkpointing, False)  # it would hide the dataflow by which stages are found
     try:
-        plans = find_stages(model)
-        if not block_shortcut:
-            _check_shortcuts(model, plans)
-        edges = build_topology({plan.name: len(plan.blocks) for plan in plans}, topology, topology_seed)
-    except (ValueError, TypeError, ImportError):
-        if checkpointing:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
-        raise
+        _replace_stages(model, _make_stages(model, topology, topology_seed, options))
+    finally:
+        _set_checkpointing(model, checkpointing, True)
+    return model
 
-    stages = [DGStage(model.get_submodule(p.name), p, topology=edges[p.name], **options) for p in plans]
-    for plan, stage in zip(plans, stages, strict=True):  # nothing below can fail: the model is never half-converted
-        stage.adapt_blocks(plan)
-        parent, _, child = plan.name.rpartition(".")
-        for hooks in _HOOKS:  # taps set on the static stage (timm's FeatureHooks) go on working
-            setattr(stage, hooks, getattr(model.get_submodule(plan.name), hooks))
-        setattr(model.get_submodule(parent), child, stage)
-    model.__class__ = _dynamic_class(type(model))  # type: ignore[arg-type]
+
+def _set_checkpointing(model: nn.Module, is_used: bool, enable: bool) -> None:
+    if is_used:
+        model.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+def _make_stages(
+    model: nn.Module, topology: Topology, seed: int, options: dict[str, bool]
+) -> list[tuple[StagePlan, DGStage]]:
+    """Make every stage that the model can have, and leave the model alone."""
+    plans = find_stages(model)
+    if not options["block_shortcut"]:
+        _check_shortcuts(model, plans)
+    edges = build_topology({plan.name: len(plan.blocks) for plan in plans}, topology, seed)
+    return [(plan, _make_stage(model, plan, edges[plan.name], options)) for plan in plans]
+
+
+def _replace_stages(model: nn.Module, stages: list[tuple[StagePlan, DGStage]]) -> None:
+    """Put stages in place. Nothing here can fail: a model is never half-converted."""
+    for plan, stage in stages:
+        _put_in_place(model, plan, stage)
+    model.__class__ = dynamic_class(type(model))  # type: ignore[arg-type]
+    state_dict.register_hooks(model)
     if hasattr(model, "in_chans"):
         model.register_forward_pre_hook(_check_images)
-    if checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    return model
+
+
+def _make_stage(model: nn.Module, plan: StagePlan, topology: list[list[int]], options: dict[str, bool]) -> DGStage:
+    container = model.get_submodule(plan.name)
+    projection = None
+    if plan.input_node == "projection":
+        like = next(container.parameters())
+        norm = blocks.output_norm(container.get_submodule(plan.blocks[0]))
+        projection = blocks.Projection(
+            plan.in_chs, plan.out_chs, plan.stride, len(plan.blocks), norm, device=like.device, dtype=like.dtype
+        )
+    return DGStage(container, plan, engine=run_stage, projection=projection, topology=topology, **options)
+
+
+def adapt_blocks(stage: DGStage) -> None:
+    """Change timm's blocks where the graph needs it: shortcuts that are given, or dropped."""
+    for position, name in enumerate(stage.block_names):
+        block, projects = stage.get_submodule(name), position == 0 and stage.input_node == "shortcut"
+        if not stage.block_shortcut:
+            blocks.drop_shortcut(block, projects)
+        elif projects:
+            blocks.give_shortcut(block, projects)
+
+
+def _put_in_place(model: nn.Module, plan: StagePlan, stage: DGStage) -> None:
+    adapt_blocks(stage)
+    _compat.move_hooks(model.get_submodule(plan.name), stage)
+    parent, _, child = plan.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, stage)
 
 
 def _check_images(self: nn.Module, images: Tuple[Tensor]) -> None:
@@ -104,9 +139,9 @@ def _check_images(self: nn.Module, images: Tuple[Tensor]) -> None:
             return  # traced, or passed by keyword: there is nothing here to look at
     shape = images[0].shape
     if len(shape) != 4:
-        raise ValueError(f"expected images (batch, channels, height, width), got {len(shape)} dimensions")
+        raise BadValue(f"expected images (batch, channels, height, width), got {len(shape)} dimensions")
     if shape[1] != self.in_chans:
-        raise ValueError(f"expected images of {self.in_chans} channels, got {shape[1]}")
+        raise BadValue(f"expected images of {self.in_chans} channels, got {shape[1]}")
 
 
 def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, instance_aware: bool) -> None:
@@ -115,9 +150,9 @@ def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, in
     )
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+            raise BadType(f"{name} must be True or False, got {value!r}")
     if identity and not (edge_scale and block_shortcut):
-        raise ValueError(
+        raise BadValue(
             "identity conversion needs edge_scale=True and block_shortcut=True: without them the network is another "
             "function from the start. Pass identity=False to train it from scratch"
         )
@@ -129,123 +164,25 @@ def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, in
         )
 
 
-def _is_timm(model: nn.Module) -> bool:
-    return any(cls.__module__.split(".")[0] in ("timm", "dg_timm") for cls in type(model).__mro__)
+def _check_model(model: nn.Module) -> None:
+    is_timm = isinstance(model, nn.Module) and any(
+        cls.__module__.split(".")[0] in ("timm", "dg_timm") for cls in type(model).__mro__
+    )
+    if not is_timm:
+        raise BadType(
+            f"expected a timm model, got {type(model).__module__}.{type(model).__qualname__}; "
+            "make one with timm.create_model(...)"
+        )
+    if graph_stages(model):
+        raise BadValue(f"this {type(model).__name__} is a dynamic graph network already; convert a static model")
 
 
 def _check_shortcuts(model: nn.Module, plans: list[StagePlan]) -> None:
     for plan in plans:
         for name in plan.blocks:
             block = model.get_submodule(f"{plan.name}.{name}")
-            if not can_drop_shortcut(block):
-                raise ValueError(
+            if not blocks.can_drop_shortcut(block):
+                raise BadValue(
                     f"block_shortcut=False is offered for ResNet, RegNet and MobileNetV2-like blocks; "
                     f"'{plan.name}.{name}' is a {type(block).__name__}"
                 )
-
-
-class DynamicGraph:
-    """What a dynamic graph network answers differently from its static class (mixed in before that class)."""
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """timm's own, and every edge scale and threshold."""
-        static: set[str] = getattr(super(), "no_weight_decay", set)()
-        own = {
-            f"{name}.{key}"
-            for name, router in checkpoint.routers(self).items()  # type: ignore[arg-type]
-            for key in ("scale", "threshold")
-            if getattr(router, key) is not None
-        }
-        return set(static) | own
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but a static state dict loads as the identity, and one that does not fit is not half-loaded."""
-        state_dict = checkpoint.to_identity(self, state_dict)  # type: ignore[arg-type]
-        if strict:
-            checkpoint.check_fit(self, state_dict)  # type: ignore[arg-type]
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time; a pickle names the static class, from which it can be made again.
-        return _new, (type(self).__bases__[-1],), self.__dict__
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.__reduce__()
-
-
-def _first_match(matcher: Mapping[str, list[tuple[str, Any]]], key: str) -> Optional[tuple[str, tuple[Any, ...]]]:
-    """The group that timm would put ``key`` in, and its ordinal there; None if it is in none."""
-    for group, specs in matcher.items():
-        for pattern, suffix in specs:
-            match = re.match(pattern, key)
-            if match:
-                return group, tuple(g for g in match.groups() if g is not None) + tuple(suffix or ())
-    return None
-
-
-# Mixed in where timm's class has the method.
-
-
-class _Checkpointed:
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every node's aggregation and block in the backward pass instead of keeping their activations.
-
-        Parts of the network that are no graph follow timm. Outputs and gradients do not change; as everywhere with
-        recomputation, BatchNorm sees each training batch twice when it tracks its running statistics.
-        """
-        super().set_grad_checkpointing(enable)  # type: ignore[misc]
-        stages = checkpoint.graph_stages(self)  # type: ignore[arg-type]
-        for name, module in self.named_modules():  # type: ignore[attr-defined]
-            if name in stages:
-                module.grad_checkpointing = enable
-            elif any(stage.startswith(f"{name}." if name else "") for stage in stages):
-                # timm's own would iterate the blocks of a graph and never run it
-                module.grad_checkpointing = False
-
-
-class _Grouped:
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Union[dict[str, Any], Callable[[str], Any]]:
-        """timm's groups, with each router in its block's (router0 and projection in that of block 1)."""
-        static = super().group_matcher(coarse=coarse)  # type: ignore[misc]
-        anchors = {
-            f"{name}.{added}": f"{name}.{block}.{next(iter(dict(stage.get_submodule(block).named_parameters())))}"
-            for name, stage in checkpoint.graph_stages(self).items()  # type: ignore[arg-type]
-            for added, block in stage.graph_modules().items()
-        }
-        if callable(static):
-
-            def group(key: str) -> Any:
-                return static(next((a for prefix, a in anchors.items() if key.startswith(f"{prefix}.")), key))
-
-            return group
-        matcher: dict[str, list[tuple[str, Any]]]
-        matcher = {group: [(spec, None)] if isinstance(spec, str) else list(spec) for group, spec in static.items()}
-        for prefix, anchor in anchors.items():
-            match = _first_match(matcher, anchor)
-            if match is not None:  # otherwise timm puts the block last, and its router with it
-                matcher[match[0]].insert(0, (rf"^{re.escape(prefix)}\.", match[1]))
-        return matcher
-
-
-class _Initializable:
-    @torch.jit.ignore
-    def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """timm's, then every graph from its start again."""
-        super().init_weights(*args, **kwargs)  # type: ignore[misc]
-        for stage in checkpoint.graph_stages(self).values():  # type: ignore[arg-type]
-            stage.reset_graph_parameters()
-
-
-@functools.cache
-def _dynamic_class(static: type[nn.Module]) -> type[nn.Module]:
-    optional = {"init_weights": _Initializable, "group_matcher": _Grouped, "set_grad_checkpointing": _Checkpointed}
-    mixins = (DynamicGraph, *(mixin for method, mixin in optional.items() if hasattr(static, method)))
-    return type(f"DG{static.__name__}", (*mixins, static), {"__module__": static.__module__, "__doc__": static.__doc__})
-
-
-def _new(static: type[nn.Module]) -> nn.Module:
-    cls = _dynamic_class(static)  # type: ignore[arg-type]
-    return cls.__new__(cls)

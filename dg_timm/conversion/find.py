@@ -1,49 +1,26 @@
-"""Find the stages of any timm model by watching its dataflow; knows nothing of graphs being built or trained.
+"""Find the stages of any timm model by watching its dataflow.
 
-The model runs once on the meta device (shapes only, no arithmetic) while every module's input and output are recorded.
-A *stage* is a container without parameters of its own that hands its input through its children, one after another,
-where every child is a *block*: a module that holds convolutions (and at least two weight layers, which tells a residual
-block from a convolution with its norm) and maps one image-shaped tensor to one. Names and classes play no part in this.
+A copy of the model runs once on the meta device (shapes only, no arithmetic) while the input and output of every
+module are recorded. A *stage* is a container without parameters of its own that hands its input through its children,
+one after another, where every child is a *block*: a module that holds convolutions (and at least two weight layers,
+which tells a residual block from a convolution with its norm) and maps one image-shaped tensor to one. Names and
+classes play no part in this.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from dg_timm._errors import BadValue
+from dg_timm._views import run_on_meta
 from dg_timm.conversion.blocks import WITHOUT_SHORTCUT, has_shortcut_projection
-
-Node0 = Literal["input", "shortcut", "projection"]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Where a stage is, and what becomes of its children.
-
-    Attributes:
-        name: path of the container in the model.
-        entry: names of leading children that change the shape and run before the graph.
-        blocks: names of the children that become nodes 1..B.
-        node0: what node 0's feature is: the graph's input, block 1's shortcut projection, or a new projection.
-        in_chs, out_chs, stride: of block 1; ``out_chs`` is every node's.
-        live: numbers that the graph holds at once while it runs, for each number of the stage's input; None where a
-            layer sees maps of one pixel (squeeze-and-excitation), whose rounding depends on the size of the batch.
-    """
-
-    name: str
-    entry: tuple[str, ...]
-    blocks: tuple[str, ...]
-    node0: Node0
-    in_chs: int
-    out_chs: int
-    stride: int
-    live: Optional[float] = None
+from dg_timm.graph.plan import InputNode, StagePlan
 
 
-class Call(NamedTuple):
+class RecordedCall(NamedTuple):
+    """What went into a module, and what came out."""
+
     source: Tensor
     result: Tensor
 
@@ -52,12 +29,12 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     """Plan every stage that can become a graph, in the order of ``model.named_modules()``. The model is not changed.
 
     Raises:
-        ValueError: if there is none, and the message says what was looked for; or if the model can't be run.
+        BadValue: if there is none, and the message says what was looked for; or if the model can't be run.
     """
     try:
-        calls = _record_calls(model)
+        model, calls = _record_calls(model)
     except Exception as error:
-        raise ValueError(
+        raise BadValue(
             f"{type(model).__name__} can't be run on a batch of images to find its stages: {error}"
         ) from error
     modules = dict(model.named_modules())
@@ -65,7 +42,7 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     innermost = [name for name in containers if not any(other.startswith(f"{name}.") for other in containers)]
     plans = [plan for name in innermost if (plan := _plan(name, modules[name], calls)) is not None]
     if not plans:
-        raise ValueError(
+        raise BadValue(
             f"{type(model).__name__} has no stage that can become a graph. Looked for: a container that hands its "
             "input through its children one after another, where every child is a convolutional block (at least one "
             "convolution, at least two weight layers, one (batch, channels, height, width) tensor in and one out) and "
@@ -74,52 +51,25 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     return plans
 
 
-def run_on_meta(
-    model: nn.Module,
-    hook: Callable[[nn.Module, tuple, dict, Any], None],
-    input_size: Optional[tuple[int, int, int]] = None,
-) -> None:
-    """Run the model once on the meta device: ``hook(module, args, kwargs, result)`` sees every call, with shapes only.
+def _record_calls(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, RecordedCall]]:
+    """A copy of the model, and its modules that are called exactly once, with one 4-D tensor in and one out."""
+    calls: dict[nn.Module, RecordedCall | None] = {}
 
-    Args:
-        input_size: (channels, height, width); by default what the model's configuration names, or 3 x 224 x 224.
-    """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = input_size or cfg.get("input_size") or (3, 224, 224)
-    if input_size is None:
-        channels = getattr(model, "in_chans", channels)
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    # Two images: BatchNorm in train mode refuses a single value for each channel.
-    images = torch.empty(2, channels, height, width, dtype=dtype, device="meta")
-    tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            functional_call(model, tensors, (images,))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _record_calls(model: nn.Module) -> dict[nn.Module, Call]:
-    """Modules that are called exactly once, with one 4-D tensor in and one out."""
-    calls: dict[nn.Module, Optional[Call]] = {}
-
-    def record(module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
+    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
         image_like = (
             len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 4 for t in (*args, result))
         )
-        calls[module] = Call(args[0], result) if image_like and module not in calls else None  # type: ignore[arg-type]
+        calls[module] = RecordedCall(args[0], result) if image_like and module not in calls else None  # type: ignore[arg-type]
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     if not cfg.get("fixed_input_size"):  # strides must show: at small sizes 2 -> 1 and 1 -> 1 look alike
         height, width = max(height, 224), max(width, 224)
-    run_on_meta(model, record, (getattr(model, "in_chans", channels), height, width))
-    return {module: call for module, call in calls.items() if call is not None}
+    copied = run_on_meta(model, record, (getattr(model, "in_chans", channels), height, width))
+    return copied, {module: call for module, call in calls.items() if call is not None}
 
 
-def _is_run_of_blocks(module: nn.Module, calls: dict[nn.Module, Call]) -> bool:
+def _is_run_of_blocks(module: nn.Module, calls: dict[nn.Module, RecordedCall]) -> bool:
     children = list(module.children())
     owns_tensors = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None)) is not None
     if not children or owns_tensors or module not in calls or not all(_is_block(c) and c in calls for c in children):
@@ -141,7 +91,7 @@ def _is_block(module: nn.Module) -> bool:
     return len(weight_layers) >= 2 and any(isinstance(m, nn.Conv2d) for m in weight_layers)
 
 
-def _is_channels_first(block: nn.Module, call: Call) -> bool:
+def _is_channels_first(block: nn.Module, call: RecordedCall) -> bool:
     """Whether dimension 1 counts channels: it is one that a weight layer of the block takes or makes."""
     channels: set[int] = set()
     for module in block.modules():
@@ -152,18 +102,19 @@ def _is_channels_first(block: nn.Module, call: Call) -> bool:
     return {call.source.shape[1], call.result.shape[1]} <= channels
 
 
-def _plan(name: str, container: nn.Module, calls: dict[nn.Module, Call]) -> Optional[StagePlan]:
+def _plan(name: str, container: nn.Module, calls: dict[nn.Module, RecordedCall]) -> StagePlan | None:
     """Split the children into entry blocks and nodes; None if nothing is left to be a node."""
     names = [child for child, _ in container.named_children()]
     blocks = [block for _, block in container.named_children()]
     changes = [k for k, b in enumerate(blocks) if calls[b].source.shape != calls[b].result.shape]
-    first, node0 = 0, "input"
+    first = 0
+    input_node: InputNode = "input"
     if changes:
         first = changes[-1]
         if first == 0 and has_shortcut_projection(blocks[0]):
-            node0 = "shortcut"
+            input_node = "shortcut"
         elif type(blocks[first]) in WITHOUT_SHORTCUT:
-            node0 = "projection"
+            input_node = "projection"
         else:
             first += 1  # any other family: the last block that changes the shape is the stage's entry
     if first == len(blocks):
@@ -173,15 +124,15 @@ def _plan(name: str, container: nn.Module, calls: dict[nn.Module, Call]) -> Opti
         name=name,
         entry=tuple(names[:first]),
         blocks=tuple(names[first:]),
-        node0=node0,  # type: ignore[arg-type]
+        input_node=input_node,
         in_chs=source.shape[1],
         out_chs=result.shape[1],
         stride=-(-source.shape[2] // result.shape[2]),
-        live=_live(container, calls, len(names)),
+        peak_ratio=_peak_ratio(container, calls, len(names)),
     )
 
 
-def _live(container: nn.Module, calls: dict[nn.Module, Call], blocks: int) -> Optional[float]:
+def _peak_ratio(container: nn.Module, calls: dict[nn.Module, RecordedCall], blocks: int) -> float | None:
     """See :class:`StagePlan`: every node's feature, and what the widest layer reads and writes."""
     inside = [calls[m] for m in container.modules() if m in calls and next(m.children(), None) is None]
     if any(call.source.shape[2:].numel() == 1 for call in inside):
@@ -191,7 +142,7 @@ def _live(container: nn.Module, calls: dict[nn.Module, Call], blocks: int) -> Op
     return ((blocks + 2) * result.numel() + widest) / source.numel()
 
 
-def _describe(modules: dict[str, nn.Module], calls: dict[nn.Module, Call]) -> str:
+def _describe(modules: dict[str, nn.Module], calls: dict[nn.Module, RecordedCall]) -> str:
     """What there was instead: the containers of several composite children, and why they are not stages."""
 
     def reasons() -> Iterator[str]:

@@ -1,73 +1,155 @@
-"""Between static and dynamic state dicts: complete a static one to the identity, and name what does not fit."""
+"""Between static and dynamic state dicts: complete a static one to the identity, and name what does not fit.
+
+``nn.Module.load_state_dict`` asks the hooks below, of every network and every stage, wherever they lie in a parent. A
+state dict that holds every tensor of the static stages and none of a graph is that of a static network, and becomes
+the identity. A part of one is not: graphs that it does not mention stay as they are, and are reported as missing.
+"""
 
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dg_timm._errors import BadState, BadValue
 from dg_timm.conversion.blocks import Projection
 from dg_timm.graph.router import Router
-from dg_timm.graph.stage import GRAPH_OPTIONS, graph_stages, routers
+from dg_timm.graph.stage import GRAPH_OPTIONS, DGStage, graph_stages, routers
 
-_MOST = 8  # keys of each kind that an error names
+_MAX_KEYS_SHOWN = 8
 _GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
 
 
 def is_static(state_dict: Iterable[str]) -> bool:
-    """Whether these are the keys of a static network: none is a router's or a projection's."""
+    """Say whether these are the keys of a static network: none is a router's or a projection's."""
     return not any(_GRAPH_KEY.search(key) for key in state_dict)
 
 
 def is_identity(model: nn.Module) -> bool:
-    """Whether every stage is the static one: the chain at weight 1, every other edge at 0, for every image."""
+    """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0.
+
+    Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force.
+    """
     return all(stage.is_complete() for stage in graph_stages(model).values()) and all(
         router.scale is not None
         and float(router.scale[0].detach()) == 2.0
         and not bool(router.scale[1:].any())
         and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
+        and not float(router.threshold.detach()) > 1.0
+        and not (router.fixed_threshold is not None and router.fixed_threshold > 1.0)
         for router in routers(model).values()
     )
 
 
-def to_identity(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a static state dict into that of the identity-converted ``model``; any other comes back as it is.
+def to_identity(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Complete a static state dict to that of the identity conversion; any other comes back as it is.
+
+    Args:
+        model: a dynamic network, or a stage.
+        state_dict: of it, or of a parent.
+        prefix: of the model's keys in it.
 
     Raises:
-        ValueError: if the model's options leave no identity (``edge_scale=False`` or ``block_shortcut=False``).
+        BadValue: if the model's options leave no identity (``edge_scale=False``, ``block_shortcut=False`` or a random
+            topology).
     """
-    state_dict = dict(state_dict)
-    if not is_static(state_dict):
-        return state_dict
+    completed = dict(state_dict)
+    if not holds_static(model, completed, prefix):
+        return completed
     for name, stage in graph_stages(model).items():
-        if not all(f"{name}.{key}" in state_dict for key in stage.state_dict() if is_static([f".{key}"])):
-            continue  # a part of a network (a head, say) is no static network: what it does not hold stays
         if not (stage.edge_scale and stage.block_shortcut and stage.is_complete()):
-            raise ValueError(
+            raise BadValue(
                 "a static checkpoint can't be loaded with edge_scale=False, block_shortcut=False or a random topology: "
                 "such a network is another function from the start. Leave them at their defaults, or train it from "
                 "scratch (pretrained=False)"
             )
-        for child_name, child in stage.named_children():
-            if isinstance(child, (Router, Projection)):
-                if isinstance(child, Router):
-                    child = copy.deepcopy(child)
-                    child.reset_parameters(identity=True)
-                for key, value in child.state_dict().items():
-                    state_dict[f"{name}.{child_name}.{key}"] = value
-    return state_dict
+        where = f"{prefix}{name}." if name else prefix
+        like = next(value for key, value in completed.items() if key.startswith(where) and isinstance(value, Tensor))
+        completed |= {f"{where}{key}": value for key, value in _identity_of(stage, like).items()}
+    return completed
+
+
+def holds_static(model: nn.Module, keys: Iterable[str], prefix: str = "") -> bool:
+    """Say whether ``keys`` has every tensor of the static stages of a model, and none of their graphs."""
+    keys = set(keys)
+    stages = graph_stages(model)
+    for name, stage in stages.items():
+        where = f"{prefix}{name}." if name else prefix
+        added = tuple(f"{where}{child}." for child in stage.added_modules())
+        # old checkpoints do not count batches
+        own = {f"{where}{key}" for key in stage.state_dict() if not key.endswith("num_batches_tracked")}
+        if any((key in keys) == key.startswith(added) for key in own):
+            return False
+        inside = {key for key in keys if key.startswith(where) and not key.endswith("num_batches_tracked")}
+        if inside - own:  # of another, larger network
+            return False
+    return bool(stages)
+
+
+def _identity_of(stage: DGStage, like: Tensor) -> dict[str, Tensor]:
+    """What a graph adds to a stage, at its start from the static network; on the device of ``like``.
+
+    The stage may be on the meta device, so nothing is taken from its tensors but shapes.
+    """
+    added: dict[str, Tensor] = {}
+    device = torch.device("cpu") if like.is_meta else like.device
+    for name in stage.added_modules():
+        module = stage.get_submodule(name)
+        for key, value in module.state_dict().items():
+            added[f"{name}.{key}"] = torch.zeros(value.shape, dtype=value.dtype, device=device)
+        if isinstance(module, Router):
+            scale = added[f"{name}.scale"]
+            added[f"{name}.scale"] = module.initial_scale(identity=True).to(scale)
+        elif isinstance(module, Projection):
+            fresh = copy.deepcopy(module).to_empty(device="cpu")
+            for buffer in fresh.buffers():
+                buffer.zero_()
+            fresh.reset_parameters()
+            added |= {f"{name}.{key}": value.to(device) for key, value in fresh.state_dict().items()}
+    return added
+
+
+def complete_network(
+    model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict, *_: object
+) -> None:
+    """A load hook of a dynamic network: a static state dict becomes the identity, below any parent."""
+    state_dict.update(to_identity(model, state_dict, prefix))
+    # what is a part of a network for all of it must not look whole to one of its stages
+    is_part = not any(_GRAPH_KEY.search(key) for key in state_dict if key.startswith(prefix))
+    for stage in graph_stages(model).values():
+        stage.is_loading_part = is_part
+
+
+def complete_stage(
+    stage: DGStage, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict, *_: object
+) -> None:
+    """A load hook of a stage that is loaded without its network."""
+    if stage.is_loading_part:
+        stage.is_loading_part = False
+        return
+    state_dict.update(to_identity(stage, state_dict, prefix))
+
+
+def register_hooks(model: nn.Module) -> None:
+    """Let a dynamic network and its stages complete static state dicts."""
+    model.register_load_state_dict_pre_hook(complete_network)
+    for stage in graph_stages(model).values():
+        stage.on_load(complete_stage)
 
 
 def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str, ...] = ("",)) -> None:
     """Compare names and shapes before anything is copied.
 
     Args:
+        model: what is going to be loaded.
+        state_dict: what it is going to be loaded with.
         within: prefixes of the keys to compare; all by default.
 
     Raises:
-        RuntimeError: naming the missing, unexpected (with the nearest right one) and mis-shaped keys.
+        BadState: naming the missing, unexpected (with the nearest right one) and mis-shaped keys.
     """
     own = {key: value for key, value in model.state_dict().items() if key.startswith(within)}
     given = {key: value for key, value in state_dict.items() if key.startswith(within)}
@@ -80,21 +162,22 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
     ]
     problems = []
     if missing:
-        problems.append(f"missing {_some(repr(key) for key in missing)}")
+        problems.append(f"missing {_listed(repr(key) for key in missing)}")
     if extra:
-        problems.append(f"unexpected {_some(_with_nearest(key, missing or list(own)) for key in extra)}")
+        problems.append(f"unexpected {_listed(_with_nearest(key, missing or list(own)) for key in extra)}")
     if shapes:
-        problems.append(f"mis-shaped {_some(shapes)}")
+        problems.append(f"mis-shaped {_listed(shapes)}")
     if problems:
-        raise RuntimeError(
+        raise BadState(
             f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; check "
             f"that the model's name and options (num_classes, {', '.join(GRAPH_OPTIONS)}) are those of the checkpoint"
         )
 
 
-def _some(items: Iterable[str]) -> str:
+def _listed(items: Iterable[str]) -> str:
     items = list(items)
-    return ", ".join(items[:_MOST]) + (f" and {len(items) - _MOST} more" if len(items) > _MOST else "")
+    more = f" and {len(items) - _MAX_KEYS_SHOWN} more" if len(items) > _MAX_KEYS_SHOWN else ""
+    return ", ".join(items[:_MAX_KEYS_SHOWN]) + more
 
 
 def _with_nearest(key: str, candidates: list[str]) -> str:

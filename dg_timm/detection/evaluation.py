@@ -1,13 +1,13 @@
-"""COCO's average precision, the same under any number of processes.
+"""Evaluate a detector by COCO's average precision, exactly, whatever the number of processes.
 
 Each process keeps the detections of its images; they are gathered once, put in the order of the data set, and judged by
 pycocotools through torchmetrics in the main process. Batches are filled up to one size and cut alike for any number of
 processes, so that an image's detections don't depend on who shared its batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +15,28 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from dg_timm.detection.data.boxes import Categories, DetectionSplit
+from dg_timm._errors import BadValue, MissingPackage
+from dg_timm._modes import evaluating
+from dg_timm.detection.data.boxes import Categories, DetectionSplit, ImageAnnotations
 from dg_timm.detection.data.loading import DetectionBatch
-from dg_timm.training.run.report import Metric
+from dg_timm.training.loop.report import Metric
 
 AP = Metric("AP", "AP (%)")
-# COCO's twelve numbers that papers print, by the names of torchmetrics
-NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APs": "map_small", "APm": "map_medium", "APl": "map_large"}
+# COCO's numbers that papers print, each with its name in torchmetrics
+METRICS = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APs": "map_small", "APm": "map_medium", "APl": "map_large"}
+_IOU_THRESHOLDS = 10  # 0.5, 0.55, ..., 0.95
+_AT_50, _AT_75 = 0, 5  # their places among the thresholds
 
 
 class Detections(NamedTuple):
-    """Of one image: boxes (n, 4), [left, top, right, bottom] in pixels; scores (n,), 0..1; labels (n,), from 1 on."""
+    """What was found in one image.
+
+    Attributes:
+        row: the row of the image in its split.
+        boxes: (n, 4) float32, [left, top, right, bottom] in pixels.
+        scores: (n,) float32, 0..1.
+        labels: (n,) int64, from 1 on.
+    """
 
     row: int
     boxes: np.ndarray
@@ -33,8 +44,15 @@ class Detections(NamedTuple):
     labels: np.ndarray
 
 
-class ClassFigures(NamedTuple):
-    """Of one category, in percent; nan where the split has no box of it."""
+class ClassAP(NamedTuple):
+    """The average precision of one class in percent; nan where the split has no box of it.
+
+    Attributes:
+        name: the name of the class.
+        boxes: how many boxes there are to find.
+        AP: the mean over overlaps (intersection over union) from 0.5 to 0.95.
+        AP50, AP75: those at overlaps of 0.5 and 0.75.
+    """
 
     name: str
     boxes: int
@@ -43,43 +61,50 @@ class ClassFigures(NamedTuple):
     AP75: float
 
 
-class Precision(NamedTuple):
-    """COCO's average precision in percent: ``overall`` by the names of ``NAMES``.
+class APResult(NamedTuple):
+    """COCO's average precision in percent.
 
-    A size of which there is no box is left out; AP is nan where there is no box at all.
+    Attributes:
+        overall: by the names of ``METRICS``. A size of which there is no box is left out; AP is nan where there is no
+            box at all.
+        classes: one entry for each class.
     """
 
     overall: dict[str, float]
-    classes: list[ClassFigures]
+    classes: list[ClassAP]
 
 
 @torch.inference_mode()
-def detect(
+def collect_detections(
     detector: nn.Module,
     batches: Iterable[DetectionBatch],
     accelerator: Accelerator,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Detections]:
-    """Detections of all images of all processes, in the order of the split; in the main process (others: empty).
+    """Run a detector and gather what it finds.
 
     Args:
-        batches: of this process.
-        stop: once it is true, the rest is left out.
+        detector: not wrapped for distributed training. Its modules run in eval mode, and get their own modes back, also
+            after an exception.
+        batches: those of this process.
+        stop: if ``stop()`` becomes true, the rest is left out.
+
+    Returns:
+        In the main process, the detections of all images of all processes, in the order of the split; in the others
+        nothing.
     """
-    training = detector.training
-    detector.eval()
     kept: list[Detections] = []
-    for batch in batches:
-        if stop():
-            break
-        batch = batch.on(accelerator.device, torch.contiguous_format)
-        with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
-            found = detector(batch.images)
-        for weight, (_, row), one in zip(batch.weights.tolist(), batch.rows.tolist(), found, strict=True):
-            if weight > 0:
-                boxes, scores = (one[key].float().cpu().numpy() for key in ("boxes", "scores"))
-                kept.append(Detections(row, boxes, scores, one["labels"].cpu().numpy()))
-    detector.train(training)
+    with evaluating(detector):
+        for batch in batches:
+            if stop():
+                break
+            batch = batch.move_to(accelerator.device, torch.contiguous_format)
+            with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
+                found = detector(batch.images)
+            for counts, (_, row), one in zip(batch.sample_mask.tolist(), batch.rows.tolist(), found, strict=True):
+                if counts:
+                    boxes, scores = (one[key].float().cpu().numpy() for key in ("boxes", "scores"))
+                    kept.append(Detections(row, boxes, scores, one["labels"].cpu().numpy()))
     everything = gather_object(kept) if accelerator.num_processes > 1 else kept
     return sorted(everything, key=lambda one: one.row) if accelerator.is_main_process else []
 
@@ -91,77 +116,96 @@ def evaluate_detector(
     categories: Categories,
     accelerator: Accelerator,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Precision, list[Detections]]:
-    """(figures, the same in every process; detections, in the main process)."""
-    found = detect(detector, batches, accelerator, stop)
-    shared: list[Optional[Precision]] = [None]
-    failure: Optional[BaseException] = None
+) -> tuple[APResult, list[Detections]]:
+    """Run a detector over a split and judge what it finds.
+
+    Args:
+        detector, batches, stop: as in :func:`collect_detections`.
+        split: the images and the truth.
+        categories: the classes.
+
+    Returns:
+        The result, which every process gets (nan if it was stopped), and in the main process the detections.
+
+    Raises:
+        BadValue: there is no image to judge.
+        MissingPackage: torchmetrics or pycocotools is not installed.
+    """
+    found = collect_detections(detector, batches, accelerator, stop)
+    shared: list[APResult | None] = [None]
+    failure: Exception | None = None
     if accelerator.is_main_process and not stop():
         try:
             shared[0] = average_precision(found, split, categories)
-        except Exception as error:  # the others wait for an answer
+        except Exception as error:  # raised below: the other processes wait for the broadcast
             failure = error
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
     if failure is not None:
         raise failure
-    nothing = Precision({name: float("nan") for name in NAMES}, [])  # of an evaluation that was stopped
-    return shared[0] or nothing, found
+    stopped = APResult({name: float("nan") for name in METRICS}, [])
+    return shared[0] or stopped, found
 
 
-def average_precision(found: list[Detections], split: DetectionSplit, categories: Categories) -> Precision:
-    """COCO's figures of detections over the images that they name (of which nothing may have been found).
+def average_precision(found: Sequence[Detections], split: DetectionSplit, categories: Categories) -> APResult:
+    """Judge detections over the images that they name; in some of these nothing may have been found.
 
     Raises:
-        ValueError: if there is no image to judge.
-        ImportError: naming the extra, without torchmetrics or pycocotools.
+        BadValue: ``found`` is empty: there is no image to judge.
+        MissingPackage: torchmetrics or pycocotools is not installed.
     """
     try:
         from torchmetrics.detection import MeanAveragePrecision
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "average precision needs torchmetrics and pycocotools: pip install 'dg-timm[detect]'"
         ) from error
     if not found:
-        raise ValueError(f"there is no image of {split.name} to evaluate on (that can be read)")
+        raise BadValue(f"{split.name} has no image to evaluate on (that can be read)")
     metric = MeanAveragePrecision(
         box_format="xyxy", iou_type="bbox", extended_summary=True, backend="pycocotools", sync_on_compute=False
     )
     truth = [split.rows[one.row] for one in found]
-    metric.update(
-        [{"boxes": _tensor(one.boxes), "scores": _tensor(one.scores), "labels": _tensor(one.labels)} for one in found],
-        [
-            {
-                "boxes": _tensor(row.boxes),
-                "labels": _tensor(row.labels),
-                "iscrowd": _tensor(row.crowd.astype(np.int64)),
-                "area": _tensor(row.area),
-            }
-            for row in truth
-        ],
-    )
+    metric.update([_prediction(one) for one in found], [_target(row) for row in truth])
     result = metric.compute()
-    overall = {name: 100 * float(result[key]) for name, key in NAMES.items() if float(result[key]) >= 0}
-    overall.setdefault("AP", float("nan"))  # no box to find
-    # (thresholds of overlap, recalls, classes, sizes, most detections), -1 where there is no box
+    overall = {name: 100 * float(result[key]) for name, key in METRICS.items() if float(result[key]) >= 0}
+    overall.setdefault("AP", float("nan"))  # torchmetrics says -1 where there is no box to find
+    # (overlaps, recalls, classes), over all sizes and the most detections; -1 where there is no box
     precision = result["precision"][:, :, :, 0, -1]
     labels = [int(label) for label in result["classes"].reshape(-1)]
     counts = np.bincount(np.concatenate([row.labels[~row.crowd] for row in truth]), minlength=len(categories.names) + 1)
     classes = []
     for label, name in enumerate(categories.names, start=1):
-        curves = precision[:, :, labels.index(label)] if label in labels else torch.full((10, 1), -1.0)
-        figures = [float("nan") if (part < 0).all() else 100 * float(part[part >= 0].mean())
-                   for part in (curves, curves[0], curves[5])]  # fmt: skip
-        classes.append(ClassFigures(name, int(counts[label]), *figures))
-    return Precision(overall, classes)
+        curves = precision[:, :, labels.index(label)] if label in labels else torch.full((_IOU_THRESHOLDS, 1), -1.0)
+        values = [_mean_percent(part) for part in (curves, curves[_AT_50], curves[_AT_75])]
+        classes.append(ClassAP(name, int(counts[label]), *values))
+    return APResult(overall, classes)
+
+
+def _prediction(found: Detections) -> dict[str, Tensor]:
+    return {key: _tensor(getattr(found, key)) for key in ("boxes", "scores", "labels")}
+
+
+def _target(row: ImageAnnotations) -> dict[str, Tensor]:
+    return {
+        "boxes": _tensor(row.boxes),
+        "labels": _tensor(row.labels),
+        "iscrowd": _tensor(row.crowd.astype(np.int64)),
+        "area": _tensor(row.area),
+    }
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def coco_results(found: list[Detections], split: DetectionSplit, categories: Categories) -> list[dict[str, Any]]:
-    """Detections in COCO's format of results, best first within an image; sizes in pixels."""
+def _mean_percent(precision: Tensor) -> float:
+    known = precision[precision >= 0]
+    return 100 * float(known.mean()) if len(known) else float("nan")
+
+
+def coco_results(found: Sequence[Detections], split: DetectionSplit, categories: Categories) -> list[dict[str, Any]]:
+    """Convert detections to COCO's format of results: ``bbox`` is [left, top, width, height] in pixels."""
     rows = []
     for one in found:
         for box, score, label in zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist(), strict=True):

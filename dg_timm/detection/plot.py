@@ -1,7 +1,6 @@
-"""Predictions beside the truth, with the wiring of the image."""
+"""Draw detections beside the truth, with the wiring of each image."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dg_timm.analysis.counting import relative_cost
+from dg_timm._errors import MissingPackage
+from dg_timm._files import atomic_path
 from dg_timm.analysis.recorder import adjacency
 from dg_timm.detection.data.boxes import Categories, DetectionSplit
 from dg_timm.detection.data.loading import read_image
 from dg_timm.detection.evaluation import Detections
+from dg_timm.detection.observation import preprocess
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.run.report import Row
 
-
-def preprocessed(detector: Any, image: Tensor) -> Tensor:
-    """(1, 3, height, width): an image (3, height, width) in 0..1 as the detector's backbone sees it."""
-    training = detector.training
-    tensors: Tensor = detector.eval().transform([image])[0].tensors
-    detector.train(training)
-    return tensors
-
-
-def detector_statistics(detector: Any, images: Sequence[Tensor]) -> Row:
-    """Of a dynamic backbone, means over images: |weight| and open fraction of every stage, cost relative to static."""
-    body = detector.backbone.body
-    if not graph_stages(body) or not images:
-        return {}
-    sums: dict[str, list[float]] = {}
-    for image in images:
-        seen = preprocessed(detector, image)
-        alphas = adjacency(body, seen)
-        for name, alpha in alphas.items():
-            sources, targets = torch.triu_indices(alpha.shape[1], alpha.shape[2], offset=1)
-            edges = alpha[:, sources, targets]
-            sums.setdefault(f"weight.{name}", []).append(edges.abs().mean().item())
-            sums.setdefault(f"open.{name}", []).append((edges != 0).float().mean().item())
-        cost = relative_cost(body, alphas, (seen.shape[1], seen.shape[2], seen.shape[3]))
-        sums.setdefault("cost", []).append(cost.mean().item())
-    return {name: round(float(np.mean(values)), 5) for name, values in sums.items()}
+_DPI = 150
 
 
 def draw_detections(
@@ -52,72 +27,85 @@ def draw_detections(
     categories: Categories,
     file: Path,
     *,
-    least_score: float = 0.5,
+    min_score: float = 0.5,
 ) -> Path:
-    """Write a PNG with a row an image: truth, predictions, and the weights of its open edges, stage by stage.
+    """Write a PNG with a row for each image: truth, predictions, and the weights of its open edges, stage by stage.
 
     Args:
-        found: of the images to draw.
-        least_score: of the predictions that are drawn.
+        detector: the detector; stages of its backbone with more than one block get a panel each.
+        split: the images and the truth.
+        found: the detections of the images to draw.
+        categories: the classes.
+        file: the PNG to write; it is replaced.
+        min_score: draw predictions of at least this score, 0..1.
 
     Raises:
-        ImportError: without matplotlib, naming the extra.
+        MissingPackage: matplotlib is not installed; the message names the extra.
     """
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'dg-timm[detect]'") from error
-    body, device = detector.backbone.body, next(detector.parameters()).device
-    stages = {name: stage for name, stage in graph_stages(body).items() if len(stage.block_names) > 1}
+        raise MissingPackage("pictures need matplotlib: pip install 'dg-timm[detect]'") from error
+    body = detector.backbone.body
+    stages = [name for name, stage in graph_stages(body).items() if len(stage.block_names) > 1]
     widths = [3.0, 3.0] + [1.6] * len(stages)
     figure = Figure(figsize=(sum(widths), 2.4 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), len(widths), width_ratios=widths, squeeze=False)
-    colours = matplotlib.colormaps["tab10" if len(categories.names) <= 10 else "tab20"]
-
-    def draw_boxes(panel: Any, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str]) -> None:
-        for (left, top, right, bottom), label, text in zip(boxes, labels, texts, strict=True):
-            colour = colours((int(label) - 1) % colours.N)
-            panel.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1))
-            panel.text(left, top, text, fontsize=4, color="white", bbox=dict(facecolor=colour, pad=0.5, linewidth=0))
-
+    colors = matplotlib.colormaps["tab10" if len(categories.names) <= 10 else "tab20"]
     for panels, one in zip(axes, found, strict=True):
         row = split.rows[one.row]
         image = read_image(split, one.row)
-        shown = one.scores >= least_score
-        predicted = [f"{categories.names[k - 1]} {s:.2f}" for k, s in zip(one.labels, one.scores, strict=True)]
-        columns = (
-            (f"truth, image {row.image_id}", row.boxes, row.labels, [categories.names[k - 1] for k in row.labels]),
-            (f"predictions from {least_score:g}", one.boxes[shown], one.labels[shown],
-             [text for text, keep in zip(predicted, shown, strict=True) if keep]),
-        )  # fmt: skip
-        for panel, (title, boxes, labels, texts) in zip(panels[:2], columns, strict=True):
-            panel.imshow(image)
-            panel.set_title(title, fontsize=7)
-            panel.axis("off")
-            draw_boxes(panel, boxes, labels, texts)
-        if not stages:
-            continue
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).to(device) / 255
-        alphas = adjacency(body, preprocessed(detector, pixels))
-        for panel, name in zip(panels[2:], stages, strict=True):
-            alpha = alphas[name][0].float().cpu().numpy()
-            panel.set_facecolor("0.93")  # no edge, or a closed one
-            shades = np.ma.array(alpha, mask=alpha == 0)
-            drawn = panel.imshow(shades, cmap="viridis", vmin=min(0.0, float(alpha.min())))
-            panel.set_title(f"{name}, {int((alpha != 0).sum())} edges open", fontsize=6)
-            panel.set_xlabel("target", fontsize=5)
-            panel.set_ylabel("source", fontsize=5)
-            panel.tick_params(labelsize=5)
-            for axis in (panel.xaxis, panel.yaxis):
-                axis.set_major_locator(MaxNLocator(integer=True))
-            figure.colorbar(drawn, ax=panel, shrink=0.6).ax.tick_params(labelsize=5)
+        names = [categories.names[label - 1] for label in row.labels]
+        _draw_image(panels[0], image, f"truth, image {row.image_id}")
+        _draw_boxes(panels[0], row.boxes, row.labels, names, colors)
+        shown = one.scores >= min_score
+        labels, scores = one.labels[shown], one.scores[shown]
+        texts = [f"{categories.names[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
+        _draw_image(panels[1], image, f"predictions from {min_score:g}")
+        _draw_boxes(panels[1], one.boxes[shown], labels, texts, colors)
+        if stages:
+            alphas = _adjacency_of(detector, image)
+            for panel, name in zip(panels[2:], stages, strict=True):
+                _draw_adjacency(figure, panel, name, alphas[name][0].float().cpu().numpy())
     FigureCanvasAgg(figure)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    figure.savefig(beside, format="png", dpi=150)
-    os.replace(beside, file)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
     return file
+
+
+def _draw_image(panel: Any, image: Any, title: str) -> None:
+    panel.imshow(image)
+    panel.set_title(title, fontsize=7)
+    panel.axis("off")
+
+
+def _draw_boxes(panel: Any, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str], colors: Any) -> None:
+    from matplotlib.patches import Rectangle
+
+    for (left, top, right, bottom), label, text in zip(boxes, labels, texts, strict=True):
+        color = colors((int(label) - 1) % colors.N)
+        panel.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1))
+        panel.text(left, top, text, fontsize=4, color="white", bbox=dict(facecolor=color, pad=0.5, linewidth=0))
+
+
+def _adjacency_of(detector: Any, image: Any) -> Mapping[str, Tensor]:
+    device = next(detector.parameters()).device
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).to(device) / 255
+    return adjacency(detector.backbone.body, preprocess(detector, pixels))
+
+
+def _draw_adjacency(figure: Any, panel: Any, name: str, alpha: np.ndarray) -> None:
+    """Draw the matrix of one stage; the gray ground shows where there is no edge, or a closed one."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_facecolor("0.93")
+    drawn = panel.imshow(np.ma.array(alpha, mask=alpha == 0), cmap="viridis", vmin=min(0.0, float(alpha.min())))
+    panel.set_title(f"{name}, {int((alpha != 0).sum())} edges open", fontsize=6)
+    panel.set_xlabel("target", fontsize=5)
+    panel.set_ylabel("source", fontsize=5)
+    panel.tick_params(labelsize=5)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(drawn, ax=panel, shrink=0.6).ax.tick_params(labelsize=5)

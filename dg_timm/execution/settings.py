@@ -1,94 +1,91 @@
-"""Look at a dynamic graph network and set its threshold."""
+"""What a user sets on a model: its threshold, and how it runs."""
 
 import math
 from collections.abc import Mapping
-from typing import Optional
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from dg_timm._errors import BadType, BadValue
 from dg_timm.graph.stage import require_dynamic, routers
+from dg_timm.graph.topology import useful_edges
 
-EXECUTIONS = ("dense", "sparse", "static")
+EXECUTIONS = ("dense", "sparse", "fixed")
 
 
-def set_threshold(model: nn.Module, threshold: Optional[float]) -> None:
+def set_threshold(model: nn.Module, threshold: float | None) -> None:
     """Use one threshold for every node, in place of the learned ones; None returns to those.
 
-    The weights are not touched, and the setting is not saved with them. An edge closes where ``|weight| < threshold``.
+    An edge closes where ``|weight| < threshold``. The weights are not touched, and the setting is not saved with them.
+    While it is in force, learned thresholds get no gradient.
 
     Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is negative, infinite or NaN, or the model is static. The model is then left as it was.
+        BadType: if it is not a number.
+        BadValue: if it is negative, infinite or NaN, or the model is static. The model is then left as it was.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_cifar_resnet26.cifar10", pretrained=True)
+    >>> dg_timm.set_threshold(model, 0.0)  # every edge is open
+    >>> bool((dg_timm.cost(model, torch.zeros(1, 3, 32, 32)) > 1).all())
+    True
+    >>> dg_timm.set_threshold(model, None)  # the learned thresholds
     """
     require_dynamic(model)
-    if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
-            raise TypeError(f"threshold must be a number or None, got {threshold!r}")
-        if not math.isfinite(threshold) or threshold < 0:
-            raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
-        threshold = float(threshold)
+    threshold = check_threshold(threshold)
     for router in routers(model).values():
         router.fixed_threshold = threshold
 
 
-def set_execution(model: nn.Module, execution: str, topology: Optional[Mapping[str, Tensor]] = None) -> None:
+def check_threshold(threshold: float | None) -> float | None:
+    """Give a threshold as a float, or raise BadType or BadValue."""
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
+        raise BadType(f"threshold must be a number or None, got {threshold!r}")
+    if not math.isfinite(threshold) or threshold < 0:
+        raise BadValue(f"threshold must be finite and at least 0, got {threshold}")
+    return float(threshold)
+
+
+def set_execution(model: nn.Module, execution: str, topology: Mapping[str, Tensor] | None = None) -> None:
     """Choose how a model runs. The choice is not saved with the weights.
 
     Args:
-        execution: ``dense`` (the default): every edge is computed and multiplied; it trains, exports and compiles.
-            ``sparse``: for evaluation, with the same result to rounding; image by image, closed edges are not read and
-            removed nodes are not run. ``static``: a fixed topology for every image: the edges that are not in it, and the
-            blocks that none of its edges leads through to the output, are left out of the network; it trains, exports
-            and compiles. Edges in it keep the weight that their router gives for the image.
-        topology: for ``static`` alone, {stage: (N, N) bool, [source, target]}, as from :func:`majority_topology`.
+        model: a dynamic graph network.
+        execution: ``dense`` (the default) computes and multiplies every edge; it trains, exports and compiles.
+            ``sparse`` is for evaluation, with the same result to rounding: image by image, closed edges are not read
+            and removed nodes are not run. ``fixed`` has one topology for every image: edges that are not in it, and
+            blocks that lie on no way from input to output, are left out; it trains, exports and compiles. Edges in it
+            keep the weight that their router gives for the image.
+        topology: for ``fixed`` alone, {stage: (N, N) bool, [source, target]}, as from
+            :func:`dg_timm.majority_topology`.
 
     Raises:
-        ValueError: for another name, a topology that does not fit or does not reach a stage's output, or if the model is
+        BadValue: for another name, a topology that does not fit or does not reach a stage's output, or if the model is
             static. The model is then left as it was.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_cifar_resnet26.cifar10", pretrained=True).eval()
+    >>> images = torch.zeros(2, 3, 32, 32)
+    >>> expected = model(images)
+    >>> dg_timm.set_execution(model, "sparse")
+    >>> torch.allclose(model(images), expected, atol=1e-4)
+    True
     """
     stages = require_dynamic(model)
     if execution not in EXECUTIONS:
-        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
-    if (topology is None) == (execution == "static"):
-        needs = (
-            "needs a topology, {stage: (N, N) bool}: see dg_timm.majority_topology"
-            if topology is None
-            else "takes no topology"
-        )
-        raise ValueError(f"{execution} execution {needs}")
+        raise BadValue(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+    if (topology is None) == (execution == "fixed"):
+        needs = "takes no topology"
+        if topology is None:
+            needs = "needs a topology, {stage: (N, N) bool}: see dg_timm.majority_topology"
+        raise BadValue(f"{execution} execution {needs}")
     if topology is None:
-        sources = {name: stage.edges for name, stage in stages.items()}
+        chosen = {name: stage.edges for name, stage in stages.items()}
     else:
         if not isinstance(topology, Mapping) or topology.keys() != stages.keys():
             given = ", ".join(map(str, topology)) if isinstance(topology, Mapping) else type(topology).__name__
-            raise ValueError(f"a topology for the stages {', '.join(stages)} is needed, got one for {given}")
-        sources = {name: _sources(name, topology[name], stage.edges) for name, stage in stages.items()}
+            raise BadValue(f"a topology for the stages {', '.join(stages)} is needed, got one for {given}")
+        chosen = {name: useful_edges(name, topology[name], stage.edges) for name, stage in stages.items()}
     for name, stage in stages.items():
-        stage.execution, stage.topology = execution, sources[name]
-
-
-def _sources(name: str, topology: Tensor, existing: list[list[int]]) -> list[list[int]]:
-    """Of every node the sources of its edges, where both ends lie on a way from input to output."""
-    nodes = len(existing)
-    if not isinstance(topology, Tensor) or topology.dtype != torch.bool or topology.shape != (nodes, nodes):
-        what = f"{tuple(topology.shape)} {topology.dtype}" if isinstance(topology, Tensor) else type(topology).__name__
-        raise ValueError(f"the topology of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
-    edges = topology.cpu().triu(1)
-    if not torch.equal(edges, topology.cpu()):
-        raise ValueError(
-            f"the topology of '{name}' must be strictly upper triangular: [source, target], source < target"
-        )
-    for source, target in edges.nonzero().tolist():
-        if source not in existing[target]:
-            raise ValueError(
-                f"the topology of '{name}' has an edge ({source}, {target}), which the network does not have"
-            )
-    for node in range(1, nodes - 1):  # in order: what removes one node may remove the next
-        edges[node] &= edges[:, node].any()
-    for node in range(nodes - 2, 0, -1):
-        edges[:, node] &= edges[node].any()
-    if not edges[:, -1].any():
-        raise ValueError(f"the topology of '{name}' has no way from its input to its output")
-    return [edges[:, target].nonzero().flatten().tolist() for target in range(nodes)]
+        stage.execution, stage.topology = execution, chosen[name]

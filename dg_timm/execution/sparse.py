@@ -1,227 +1,260 @@
-"""Sparse execution of a stage: a closed edge is not read, and a removed node is not run, image by image (paper 3.4).
+"""Sparse execution: a closed edge is not read, and a removed node is not run, image by image (paper 3.4).
 
-The result is that of the dense execution, to rounding. Only images that use a node pass through its block, as a smaller
-batch; nothing is padded to the densest image. Evaluation only: the topology is read back from the routers, so there is
-nothing to differentiate, trace or export.
+The result is that of dense execution, to rounding. Only images that use a node pass through its block, as a smaller
+batch; nothing is padded to the densest image. Evaluation only: which edges are open is read back from the routers, so
+there is nothing to differentiate, trace or export.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dg_timm.execution import aggregation
-from dg_timm.execution import allocator as map_memory
-from dg_timm.execution.backends.cpu import Kernels, RouterParameters
+from dg_timm import _compat
+from dg_timm._errors import BadState
+from dg_timm.execution import allocator, backends, operators
+from dg_timm.execution.backends.cpu import CpuKernels, NativeState, RouterParameters
+from dg_timm.graph.context import request
+from dg_timm.graph.executor import Executor, FirstEdge
 from dg_timm.graph.router import Router
+from dg_timm.graph.stage import DGStage
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NEEDS_DENSE = "dg_timm.set_execution(model, 'dense')"
 
 
-def is_transformed(x: Any) -> bool:
-    """Whether a program is being recorded or transformed: what is read of an image now would hold for all."""
-    mode = _get_current_dispatch_mode()
-    if mode is not None:  # without one, nothing here needs these modules
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+class Sparse(Executor):
+    """Runs one batch through a stage, each block for the images that need it."""
 
-        if isinstance(mode, (FakeTensorMode, ProxyTorchDispatchMode)):  # others only watch
-            return True
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
-        or type(x) not in (Tensor, nn.Parameter)  # fx proxies, fake tensors, subclasses
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    def __init__(self, stage: DGStage) -> None:
+        self.stage = stage
+        self.nodes = len(stage.edges)
+        self.state: State | None = None
 
+    def read(self, node: int, source: Tensor | None = None) -> Tensor | None:
+        """As in :class:`Executor`; None if no image has an open edge into the node."""
+        assert self.state is not None
+        if node == self.nodes - 1:
+            self.state.select_all()
+        elif not self.state.select(node):
+            return None
+        return self.state.gather(node, None if source is None else operators.match_layout([source], source)[0])
 
-class NoGradient(torch.autograd.Function):
-    """The second argument; whoever differentiates it is told why that can't be."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise RuntimeError("sparse execution has no gradients; dg_timm.set_execution(model, 'dense') for them")
-
-
-def run(
-    x: Tensor,
-    node0: Tensor,
-    blocks: Sequence[nn.Module],
-    routers: Sequence[Callable[[Tensor], Tensor]],
-    takes_shortcut: bool,
-    reads_input: bool,
-) -> Tensor:
-    """Run the graph of a stage.
-
-    Args:
-        x: (batch, in_chs, H, W), what block 1 reads along edge (0, 1) if ``reads_input``.
-        node0: (batch, C, H', W'), the feature of node 0.
-        blocks: of nodes 1..B.
-        routers: of nodes 0..B, which take pooled features.
-        takes_shortcut: whether block 1 takes ``weight * node0`` as its shortcut.
-        reads_input: whether node 0's feature is a projection, which block 1 does not read.
-
-    Returns:
-        (batch, C, H', W').
-    """
-    x, node0 = aggregation.alike([x], x)[0], aggregation.alike([node0], node0)[0]
-    kernels = aggregation.kernels_for(node0) if node0.device.type == "cpu" else None
-    graph = _ByTorch(node0, len(blocks) + 2) if kernels is None else _ByKernels(kernels, node0, len(blocks) + 2)
-    graph.leave(0, node0, routers[0])
-    for target, block in enumerate(blocks, start=1):
-        if not graph.enter(target):
-            continue
+    def apply(self, node: int, block: nn.Module, first: FirstEdge | None = None) -> Tensor | None:
+        """As in :class:`Executor`; a block whose norms would average over a part of the batch is refused."""
+        if first is not None and first.block_projects:
+            refuse_batch_statistics(block)
+            return super().apply(node, block, first)
+        z = self.read(node, None if first is None else first.source)
+        if z is None:
+            return None
         refuse_batch_statistics(block)
-        z = graph.read(target, x) if target == 1 and reads_input else graph.read(target)
-        out = block(z, graph.read(target)) if target == 1 and takes_shortcut else block(z)
-        graph.leave(target, aggregation.alike([out], node0)[0], routers[target])
-    return graph.output()
+        return block(z)
+
+    def finish(self, node: int, feature: Tensor) -> None:
+        """As in :class:`Executor`."""
+        self.check_shape(node, feature)
+        if self.state is None:
+            feature = operators.match_layout([feature], feature)[0]
+            self.state = start_state(feature, self.nodes)
+        else:
+            feature = operators.match_layout([feature], self.state.like)[0]
+        self.state.finish(node, feature, getattr(self.stage, f"router{node}"))
 
 
-def refuse_batch_statistics(module: nn.Module) -> None:
-    """A norm that averages over the batch would see a part of it; RuntimeError if there is one.
+class State(Protocol):
+    """Edge weights and features of a batch whose nodes run in order. ``like`` is the feature of node 0."""
 
-    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
-    """
-    rest: list[Optional[nn.Module]] = [module]
-    while rest:
-        found = rest.pop()
-        if isinstance(found, _NormBase):
-            if found.training or found.running_mean is None:
-                raise RuntimeError(
-                    f"sparse execution runs a block for a part of the batch, and a {type(found).__name__} of this "
-                    "stage would take its statistics: call model.eval(), or dg_timm.set_execution(model, 'dense')"
-                )
-        elif found is not None and found._modules:
-            rest.extend(found._modules.values())
+    like: Tensor
+
+    def select_all(self) -> None:
+        """Select all images."""
+
+    def select(self, node: int) -> int:
+        """Select the images with an open edge into a node; give their number. The next calls are about these."""
+
+    def gather(self, node: int, source: Tensor | None) -> Tensor:
+        """Give what enters a node (Eq. 3); ``source`` is what node 0's edge carries in place of its feature."""
+
+    def finish(self, node: int, feature: Tensor, router: Router) -> None:
+        """Take a node's feature, and weigh its edges."""
 
 
-class _ByKernels:
-    """The topology of a batch, where :class:`dg_timm.execution.backends.cpu.Graph` keeps and reads it."""
+def start_state(feature: Tensor, nodes: int) -> State:
+    """Start with node 0's feature: by native code where there is any for it."""
+    kernels = backends.kernels_for(feature) if operators.uses_kernels() else None
+    return ByKernels(kernels, feature, nodes) if isinstance(kernels, CpuKernels) else ByTorch(feature, nodes)
 
-    def __init__(self, kernels: Kernels, node0: Tensor, nodes: int) -> None:
-        self.like, self.batch, self.nodes = node0, len(node0), nodes
-        self.graph = kernels.graph(node0, nodes)
-        self.count = self.batch
+
+class ByKernels:
+    """Edge weights and addresses of features lie where native code reads them."""
+
+    def __init__(self, kernels: CpuKernels, feature: Tensor, nodes: int) -> None:
+        self.like = feature
+        self.native: NativeState = kernels.sparse_state(feature, nodes)
+        self.select, self.select_all = self.native.select_images, self.native.select_all
         self.maps: list[Tensor] = []  # kept, as their addresses are
 
-    def enter(self, target: int) -> int:
-        """For how many images the block runs; the next calls are about these."""
-        self.count = self.graph.enter(target)
-        return self.count
-
-    def read(self, target: int, instead: Optional[Tensor] = None) -> Tensor:
-        """Eq. 3: what the block reads; ``instead``: what node 0's edge carries in place of its feature."""
-        z = map_memory.empty_like(self.like if instead is None else instead, self.count)
-        if instead is None:
-            self.graph.read(z, self.count, target)
-        else:
-            self.graph.read_instead(z, self.count, target, instead)
+    def gather(self, node: int, source: Tensor | None) -> Tensor:
+        """As in :class:`State`."""
+        z = allocator.empty_like(self.like if source is None else source, self.native.count)
+        self.native.gather_inputs(z, node, source)
         return z
 
-    def leave(self, node: int, maps: Tensor, router: Callable[[Tensor], Tensor]) -> None:
-        """The block has run, and its router weighs the edges that leave it."""
-        self.maps.append(maps)
-        plain = _parameters(router, maps.dtype)
-        self.graph.leave(node, maps, self.count, plain)
+    def finish(self, node: int, feature: Tensor, router: Router) -> None:
+        """As in :class:`State`."""
+        self.maps.append(feature)
+        plain = plain_parameters(router, feature.dtype)
+        self.native.finish_node(node, feature, plain)
         if plain is None:
-            row = router(aggregation.pooled(maps)).to(self.graph.alpha.dtype)
-            self.graph.alpha[self.graph.images[: self.count], node, node + 1 :] = row
-
-    def output(self) -> Tensor:
-        """What the last node gathers, for every image; zeros for one without an open edge."""
-        z = map_memory.empty_like(self.like)
-        self.graph.everyone()
-        self.graph.read(z, self.batch, self.nodes - 1)
-        return z
+            row = router(operators.channel_means(feature)).to(self.native.alpha.dtype)
+            images = torch.tensor(self.native.images, device="cpu")[:, None]
+            self.native.alpha[images, node, torch.tensor(router.targets, device="cpu")] = row
 
 
-def _parameters(router: Any, dtype: torch.dtype) -> Optional[RouterParameters]:
-    """What a router computes with, if that is all that decides what it gives.
+def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | None:
+    """What a router computes with, if that is all that decides what it gives; None if it has to be called.
 
-    A stage asks at every node, so this reads the dictionaries of modules; attributes take five times as long.
+    It has to be where its layer is replaced, hooked, wrapped, parametrized, pruned, quantized or offloaded. A stage
+    asks at every node, so this reads the dictionaries of modules.
     """
-    if type(router) is not Router or not router.is_instance_aware or dtype not in (torch.float32, torch.float64):
+    if type(router) is not Router or dtype not in (torch.float32, torch.float64):
         return None  # other types round between the steps
-    fc, own = router._modules["fc"], router._parameters
-    assert fc is not None
-    weight, bias, threshold = fc._parameters.get("weight"), fc._parameters.get("bias"), own.get("threshold")
-    if weight is None or bias is None or threshold is None:  # pruned, parametrised ...
+    fc, own = _compat.own_modules(router).get("fc"), _compat.own_parameters(router)
+    if type(fc) is not nn.Linear or _compat.has_hooks(router) or _compat.has_hooks(fc):
         return None
-    if (
-        weight.dtype != dtype
-        or not weight.is_contiguous()
-        or router._forward_hooks
-        or router._forward_pre_hooks
-        or fc._forward_hooks
-        or fc._forward_pre_hooks
-    ):
+    of_fc = _compat.own_parameters(fc)
+    weight, bias, scale, threshold = of_fc.get("weight"), of_fc.get("bias"), own.get("scale"), own.get("threshold")
+    for tensor in (weight, bias, threshold):
+        if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.is_meta:
+            return None
+    assert weight is not None and bias is not None and threshold is not None  # noqa: PT018
+    if (scale is None) == router.has_scale or not weight.is_contiguous():
         return None
-    fixed = router.fixed_threshold
-    return weight, bias, own["scale"], threshold.item() if fixed is None else fixed, tuple(router.targets)
+    fixed = request().threshold
+    fixed = router.fixed_threshold if fixed is None else fixed
+    return RouterParameters(weight, bias, scale, threshold.item() if fixed is None else fixed, tuple(router.targets))
 
 
-class _ByTorch:
-    """As :class:`_ByKernels`, by PyTorch's operations on any device; the topology is read back to the CPU."""
+class ByTorch:
+    """By PyTorch's operations, on any device; edge weights are read back to the CPU."""
 
-    def __init__(self, node0: Tensor, nodes: int) -> None:
-        self.batch, self.nodes = len(node0), nodes
-        self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=torch.float64)
-        self.maps: list[Optional[Tensor]] = [None] * nodes
+    def __init__(self, feature: Tensor, nodes: int) -> None:
+        self.like = feature
+        self.batch, self.nodes = len(feature), nodes
+        self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=torch.float64, device="cpu")
+        self.maps: list[Tensor | None] = [None] * nodes
         self.place: list[dict[int, int]] = [{} for _ in range(nodes)]  # of an image, in a node's maps
         self.images = list(range(self.batch))
 
-    def enter(self, target: int) -> int:
-        is_open = (self.alpha[:, :target, target] != 0).any(1)
+    def select_all(self) -> None:
+        """As in :class:`State`."""
+        self.images = list(range(self.batch))
+
+    def select(self, node: int) -> int:
+        """As in :class:`State`."""
+        is_open = (self.alpha[:, :node, node] != 0).any(1)
         self.images = is_open.nonzero().flatten().tolist()
         return len(self.images)
 
-    def leave(self, node: int, maps: Tensor, router: Callable[[Tensor], Tensor]) -> None:
-        self.maps[node] = maps
+    def finish(self, node: int, feature: Tensor, router: Router) -> None:
+        """As in :class:`State`."""
+        self.maps[node] = feature
         self.place[node] = {image: k for k, image in enumerate(self.images)}
-        self.alpha[self.images, node, node + 1 :] = router(aggregation.pooled(maps)).to("cpu", torch.float64)
+        row = router(operators.channel_means(feature)).to("cpu", torch.float64)
+        images = torch.tensor(self.images, dtype=torch.long, device="cpu")[:, None]
+        self.alpha[images, node, torch.tensor(router.targets, device="cpu")] = row
 
-    def read(self, target: int, instead: Optional[Tensor] = None) -> Tensor:
+    def gather(self, node: int, source: Tensor | None) -> Tensor:
+        """As in :class:`State`."""
         maps, place = list(self.maps), list(self.place)
-        if instead is not None:
-            maps[0], place[0] = instead, {image: image for image in range(self.batch)}
+        if source is not None:
+            maps[0], place[0] = source, {image: image for image in range(self.batch)}
         assert maps[0] is not None
-        z = map_memory.empty_like(maps[0], len(self.images)).zero_()
-        add = _by_image if z.device.type == "cpu" else _by_source
-        for source in range(target):
-            weights = self.alpha[self.images, source, target].tolist()
-            read = [
-                (k, place[source][b], w) for k, (b, w) in enumerate(zip(self.images, weights, strict=True)) if w != 0
-            ]
-            own = maps[source]
+        z = allocator.empty_like(maps[0], len(self.images)).zero_()
+        add = _scatter_per_image if z.device.type == "cpu" else _scatter_per_source
+        for i in range(node):
+            weights = self.alpha[self.images, i, node].tolist()
+            read = [(k, place[i][b], w) for k, (b, w) in enumerate(zip(self.images, weights, strict=True)) if w != 0]
+            own = maps[i]
             if read and own is not None:
                 add(z, own, read)
         return z
-
-    def output(self) -> Tensor:
-        self.images = list(range(self.batch))
-        return self.read(self.nodes - 1)
 
 
 Read = list[tuple[int, int, float]]  # image of z, image of a source's maps, weight
 
 
-def _by_image(z: Tensor, maps: Tensor, read: Read) -> None:
+def _scatter_per_image(z: Tensor, maps: Tensor, read: Read) -> None:
     for to, place, weight in read:
         z[to].add_(maps[place], alpha=weight)
 
 
-def _by_source(z: Tensor, maps: Tensor, read: Read) -> None:
+def _scatter_per_source(z: Tensor, maps: Tensor, read: Read) -> None:
     """All images of a source at once: for devices where every step costs a launch."""
     to, place, weights = zip(*read, strict=True)
     scale = torch.tensor(weights, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1)
     z.index_add_(
         0, torch.tensor(to, device=z.device), maps.index_select(0, torch.tensor(place, device=z.device)) * scale
     )
+
+
+class NoGradient(torch.autograd.Function):
+    """Give the second argument; raise an error that explains itself when somebody differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        """Give the second argument."""
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Refuse."""
+        raise BadState(f"sparse execution has no gradients; {_NEEDS_DENSE} for them")
+
+
+def refuse_batch_statistics(module: nn.Module) -> None:
+    """Raise BadState if a norm would average over the batch: it would see a part of it.
+
+    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
+    """
+    rest: list[nn.Module | None] = [module]
+    while rest:
+        found = rest.pop()
+        if isinstance(found, BATCH_NORMS):
+            if found.training or found.running_mean is None:
+                raise BadState(
+                    f"sparse execution runs a block for a part of the batch, and a {type(found).__name__} of this "
+                    f"stage would take its statistics: call model.eval(), or {_NEEDS_DENSE}"
+                )
+        elif found is not None:
+            rest.extend(_compat.own_modules(found).values())
+
+
+def refuse_recording(x: Tensor) -> None:
+    """Raise BadState where a program is recorded or transformed: what is read of one image would hold for all."""
+    if not operators.has_values(x):
+        raise BadState(
+            "sparse execution chooses what to run by the image and can't be traced, exported or transformed; "
+            f"{_NEEDS_DENSE} first"
+        )
+
+
+def refuse_training(stage: DGStage) -> None:
+    """Raise BadState in training mode."""
+    if stage.training:
+        raise BadState(f"sparse execution is for evaluation: call model.eval(), or {_NEEDS_DENSE}")
+
+
+def run_sparse(stage: DGStage, x: Tensor) -> Tensor:
+    """Run a stage in sparse execution, for (a part of) a batch; without gradients."""
+    with torch.no_grad():
+        return stage.run(Sparse(stage), x)
+
+
+def without_gradient(stage: DGStage, x: Tensor, out: Tensor) -> Tensor:
+    """Tie ``out`` to what would want a gradient, so that who asks for it is told that there is none."""
+    if not torch.is_grad_enabled():
+        return out
+    learning = next((p for p in (x, *stage.parameters()) if p.requires_grad), None)
+    return out if learning is None else NoGradient.apply(learning, out)

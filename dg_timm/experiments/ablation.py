@@ -1,23 +1,30 @@
-"""CIFAR-10 from scratch: one network, wired in different ways (the paper's Tables 4 and 6 in small).
+"""CIFAR-10 from scratch: one network with different topologies and weights (the paper's Tables 4 and 6 in small).
 
     python train_scripts/experiments/ablation.py --data path/to/cifar10           # 16 px: four hours of one core
     python train_scripts/experiments/ablation.py --data uoft-cs/cifar10 --full    # 32 px, all images: for a GPU
 
-Every wiring has the same blocks, recipe, seeds, images and order of images. Writes ``ablation.csv`` (a row a cell),
-``ablation.md`` and ``ablation.png`` (means, and 95 % intervals of the differences from the static network).
+Every variant has the same blocks, recipe, seeds, images and order of images. Writes ``ablation.csv`` (a row for each
+trial), ``ablation.md`` and ``ablation.png`` (means, and 95 % intervals of the differences from the static network).
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dg_timm.experiments.comparison import write
-from dg_timm.experiments.runner import Cell, parse, run
-from dg_timm.training.run.arguments import natural
+import torch
+
+from dg_timm._errors import BadState
+from dg_timm.cli.errors import cli_errors
+from dg_timm.experiments.comparison import write_comparison
+from dg_timm.experiments.options import make_parser, parse
+from dg_timm.experiments.runner import run_trials
+from dg_timm.experiments.trial import Trial
+from dg_timm.training.run.option_types import non_negative_int
 
 STATIC = "cifar_resnet26"
+SEEDS = (0, 1, 2)
 SAME: dict[str, Any] = {"instance_aware": False}  # weights are the same for all images
-VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # title, options of the graph, of train.py
+# title, options of the graph, options of train.py
+VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "static": ("static chain", {}, {"model": STATIC}),
     "shallow": ("static chain of half the depth (14 layers)", {}, {"model": "cifar_resnet14"}),
     "alpha_b": ("alpha_b: weights for each image", {}, {}),
@@ -39,8 +46,8 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {  # tit
 }
 
 
-def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]:
-    """Seed by seed: what is interrupted has all variants of the seeds that are done."""
+def trials(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Trial]:
+    """List the trials seed by seed: an experiment that is interrupted has all variants of the seeds that are done."""
     found = []
     for seed in seeds:
         for name in names:
@@ -51,20 +58,31 @@ def cells(seeds: Sequence[int], names: Sequence[str], recipe: str) -> list[Cell]
                 "model": STATIC if name == "static" else f"dg_{STATIC}",
                 **more,
             }
-            found.append(Cell(name, options | ({"model-kwargs": kwargs} if kwargs else {}), seed))
+            found.append(Trial(name, options | ({"model-kwargs": kwargs} if kwargs else {}), seed))
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    args = parse(parser, "ablation", "the recipe cifar10_full in place of cifar10_scratch")
+@cli_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=list(SEEDS), help="seeds of every variant")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants to train; by default all"
+    )
+    args = parse(parser, "ablation", "the recipe cifar10_full in place of cifar10_scratch", argv)
+    torch.set_num_threads(1)
     recipe = "cifar10_full" if args.full else "cifar10_scratch"
-    run(cells(args.seeds, args.only, recipe), args)
+    run_trials(trials(args.seeds, args.only, recipe), args)
     args.collect = True  # the table is of everything that is kept
-    results = run(cells(sorted({0, 1, 2, *args.seeds}), list(VARIANTS), recipe), args)
+    results = run_trials(trials(sorted({*SEEDS, *args.seeds}), list(VARIANTS), recipe), args)
     if not results:
-        raise ValueError(f"no cell is finished in {args.results}; run without --collect")
-    write(results, {name: title for name, (title, *_) in VARIANTS.items()}, "static", args.results, "ablation")
+        raise BadState(f"no trial is finished in {args.results}; run without --collect")
+    write_comparison(
+        results, {name: title for name, (title, *_) in VARIANTS.items()}, "static", args.results, "ablation"
+    )
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

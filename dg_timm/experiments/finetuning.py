@@ -3,39 +3,55 @@
     python train_scripts/experiments/finetuning.py --data path/to/cifar10 --weights efficientnet_lite0/model.safetensors
     python train_scripts/experiments/finetuning.py --data uoft-cs/cifar10 --full        # the published weights; a GPU
 
-64 px, 10,000 of the training images, 4 epochs: an hour and a half on two cores. Writes ``finetuning.csv`` and the like.
+64 px, 10,000 of the training images, 4 epochs: an hour and a half on two cores. Writes ``finetuning.csv``,
+``finetuning.md`` and ``finetuning.png``.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from dg_timm.experiments.comparison import write
-from dg_timm.experiments.runner import Cell, parse, run
-from dg_timm.training.run.arguments import natural
+import torch
+
+from dg_timm._errors import BadState, BadValue
+from dg_timm.cli.errors import cli_errors
+from dg_timm.experiments.comparison import write_comparison
+from dg_timm.experiments.options import make_parser, parse
+from dg_timm.experiments.runner import run_trials
+from dg_timm.experiments.trial import Trial
+from dg_timm.training.run.option_types import non_negative_int
 
 STATIC = "tf_efficientnet_lite0"
 TITLES = {"static": STATIC, "dynamic": f"dg_{STATIC}"}
+_FULL_SIZE = {"train-limit": 50000, "image-size": 96, "epochs": 10, "workers": 8}
 
 
-def cells(seeds: Sequence[int], weights: Optional[Path], full: bool) -> list[Cell]:
+def trials(seeds: Sequence[int], weights: Path | None, full: bool) -> list[Trial]:
+    """List the trials: both networks for every seed, from a weights file or the published weights."""
     options: dict[str, Any] = {"recipe": "cifar10_finetune", "workers": 0}
     options |= {"pretrained": True} if weights is None else {"initial-checkpoint": weights}
-    if full:
-        options |= {"train-limit": 50000, "image-size": 96, "epochs": 10, "workers": 8}
-    return [Cell(name, options | {"model": model}, seed) for seed in seeds for name, model in TITLES.items()]
+    options |= _FULL_SIZE if full else {}
+    return [Trial(name, options | {"model": model}, seed) for seed in seeds for name, model in TITLES.items()]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="safetensors of the static network; by default the published ones")
-    parser.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2])
-    args = parse(parser, "finetuning", "all images at 96 px, 10 epochs")
+@cli_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--weights", type=Path, help="safetensors file of the static network; by default the published weights"
+    )
+    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2], help="seeds of both networks")
+    args = parse(parser, "finetuning", "all images at 96 px, 10 epochs", argv)
+    torch.set_num_threads(1)
     if args.weights is not None and not args.weights.is_file():
-        raise ValueError(f"--weights {args.weights} is no file")
-    results = run(cells(args.seeds, args.weights, args.full), args)
+        raise BadValue(f"--weights {args.weights}: there is no such file")
+    results = run_trials(trials(args.seeds, args.weights, args.full), args)
     if not results:
-        raise ValueError(f"no cell is finished in {args.results}; run without --collect")
-    write(results, TITLES, "static", args.results, "finetuning")
+        raise BadState(f"no trial is finished in {args.results}; run without --collect")
+    write_comparison(results, TITLES, "static", args.results, "finetuning")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

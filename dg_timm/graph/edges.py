@@ -1,12 +1,10 @@
-"""The graph of a stage as pure tensor functions: edges, their weights, aggregation (paper 3.1-3.4, Eqs. 3-5).
+"""The formulas of a graph as pure tensor functions: weights, thresholds, the weighted sum (paper 3.1-3.4, Eqs. 3-5).
 
 A stage of B blocks is a complete directed acyclic graph of N = B + 2 nodes: node 0 is the input, nodes 1..B are the
-blocks, node B + 1 is the output. Node i has out-degree N - 1 - i and node j has in-degree j. A *row* holds the weights
-of the edges that leave one node, ordered by target; a *column* those of the edges that enter one node, ordered by
-source.
+blocks, node B + 1 is the output. Node i has an edge (i, j) to every later node j.
 
-Here, unlike in the paper: an edge weighs ``scale * sigmoid(...)`` with a learned scale per edge, |weight| is compared
-with the threshold, and the adjacency matrix has sources as rows (the paper draws the transpose, 3.4).
+Two things differ from the paper. An edge weighs ``scale * sigmoid(logit)`` with a learned scale, and ``|weight|`` is
+what the threshold is compared with. The adjacency matrix has sources as rows; the paper draws the transpose (3.4).
 """
 
 from typing import List, Optional
@@ -14,101 +12,122 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-# Width of the sigmoid that stands in for the step of Eq. 5 when the threshold's gradient is computed. Edge weights of a
-# fresh network lie between 1 / in-degree and 1, so 0.1 reaches every edge without flattening the step.
+# Width of the sigmoid that stands in for the step of Eq. 5 in the threshold's gradient. The edge weights of a fresh
+# network lie between 1 / in-degree and 1, so 0.1 reaches every edge without flattening the step.
 SURROGATE_WIDTH = 0.1
 
 
-def pool(x: Tensor) -> Tensor:
-    """Global average pool (Eq. 4): (batch, channels, height, width) -> (batch, channels)."""
+def learns() -> bool:
+    """Say whether formulas need what only gradients need.
+
+    A trace is for inference: ``torch.jit.trace`` records with gradients and checks without.
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """Average each channel over space (Eq. 4): (batch, channels, height, width) -> (batch, channels)."""
     return x.mean((2, 3))
 
 
-def edge_weights(logits: Tensor, scale: Optional[Tensor], threshold: Tensor, reached: Optional[Tensor]) -> Tensor:
-    """Weights of the edges that leave one node (Eqs. 4 and 5).
+def raw_weights(logits: Tensor, scale: Optional[Tensor]) -> Tensor:
+    """Turn logits (batch, edges) into weights that no threshold has cut (Eq. 4).
 
-    Args:
-        logits: (batch, out-degree), the router's fully-connected layer.
-        scale: (out-degree,), one learned factor per edge; None for the paper's plain sigmoid.
-        threshold: scalar tau of this node; an edge with ``|weight| < tau`` is closed.
-        reached: (batch, 1), False where every edge into this node is closed; None for node 0.
-
-    Returns:
-        (batch, out-degree). A closed edge is exactly 0, and so is every edge that leaves a removed node.
+    ``scale`` (edges,) is one learned factor an edge; None gives the paper's plain sigmoid.
     """
     weight = torch.sigmoid(logits)
-    if scale is not None:
-        weight = weight * scale
-    weight = close(weight, threshold)
-    if reached is None:
+    return weight if scale is None else weight * scale
+
+
+def edge_weights(logits: Tensor, scale: Optional[Tensor], threshold: Tensor, active: Optional[Tensor]) -> Tensor:
+    """Weigh the edges that leave one node (Eqs. 4 and 5).
+
+    Args:
+        logits: (batch, edges), what the router's fully-connected layer gives.
+        scale: (edges,), one learned factor an edge; None for the paper's plain sigmoid.
+        threshold: (1,), tau of this node; an edge with ``|weight| < tau`` is closed.
+        active: (batch, 1) bool, False where every edge into this node is closed; None for node 0.
+
+    Returns:
+        (batch, edges). A closed edge is exactly 0, and so is every edge that leaves a removed node.
+    """
+    weight = apply_threshold(raw_weights(logits, scale), threshold)
+    if active is None:
         return weight
-    hard = torch.where(reached, weight, 0.0)
-    return straight_through(weight, hard) if torch.is_grad_enabled() else hard
+    hard = torch.where(active, weight, 0.0)
+    return straight_through(weight, hard) if learns() else hard
 
 
-def close(weight: Tensor, threshold: Tensor, surrogate_width: float = SURROGATE_WIDTH) -> Tensor:
-    """Eq. 5: set weights below the threshold to 0; straight-through in backward, so that a closed edge can open again.
+def apply_threshold(weight: Tensor, threshold: Tensor, surrogate_width: float = SURROGATE_WIDTH) -> Tensor:
+    """Close edges (Eq. 5): set weights below the threshold to 0, with a straight-through gradient.
 
-    The gradient of ``weight`` passes unchanged. The gradient of ``threshold`` is that of
-    ``weight * sigmoid((|weight| - threshold) / surrogate_width)``.
+    The gradient of ``weight`` passes unchanged, so that a closed edge can open again. The gradient of ``threshold`` is
+    that of ``weight * sigmoid((|weight| - threshold) / surrogate_width)``. A NaN is not below any threshold and stays:
+    a corrupt image must be seen.
     """
     magnitude = weight.detach().abs()
-    if not torch.is_grad_enabled():  # the same numbers in fewer steps
-        return torch.where(magnitude < threshold, 0.0, weight)  # NaN is not below, and stays: it must be seen
+    hard = torch.where(magnitude < threshold, 0.0, weight)
+    if not learns():
+        return hard
     is_open = torch.sigmoid((magnitude - threshold) / surrogate_width)
-    hard = straight_through(weight, torch.where(magnitude < threshold, 0.0, weight))
-    return hard + weight.detach() * (is_open - is_open.detach())  # the second term is 0, and carries tau's gradient
+    # the second term is 0, and carries the threshold's gradient
+    return straight_through(weight, hard) + weight.detach() * (is_open - is_open.detach())
 
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
-    """The value of ``hard`` with the gradient of ``soft``."""
+    """Give the value of ``hard`` and the gradient of ``soft``."""
     return soft + (hard - soft).detach()
 
 
-def complete(num_blocks: int) -> List[List[int]]:
-    """The sources of every node of the complete graph, by target: ``[[], [0], [0, 1], ...]``."""
-    return [list(range(target)) for target in range(num_blocks + 2)]
-
-
-def column(rows: List[Tensor], target: int, sources: List[int]) -> Tensor:
-    """Weights of the edges that enter node ``target`` from ``sources``: (batch, len(sources))."""
-    return torch.stack([rows[i][:, target - 1 - i] for i in sources], dim=1)
-
-
-def carried(edges: List[List[Tensor]], target: int, sources: List[int]) -> List[Tensor]:
-    """What the edges that enter node ``target`` from ``sources`` carry; ``edges[i]`` are those that leave node i."""
-    return [edges[i][target - 1 - i] for i in sources]
-
-
-def reached(weights: Tensor) -> Tensor:
-    """(batch, in-degree) -> (batch, 1): whether a node with these input weights has an open edge, or is removed."""
+def has_open_input(weights: Tensor) -> Tensor:
+    """Say which images have an open edge into a node: weights (batch, in-degree) -> (batch, 1) bool."""
     return (weights.detach() != 0).any(dim=1, keepdim=True)
 
 
-def aggregate(features: List[Tensor], weights: Tensor) -> Tensor:
-    """Eq. 3: ``z = sum_i weights[:, i] * features[i]`` for every image on its own.
+def weighted_sum(features: List[Tensor], weights: Tensor) -> Tensor:
+    """Add up what the edges into a node carry (Eq. 3): ``z = sum_i weights[:, i] * features[i]`` for each image.
 
-    The reference, and what runs where a program is scripted, traced, exported or compiled;
-    :mod:`dg_timm.execution.aggregation` has what eager mode runs, and checks against this.
+    A closed edge is not read: an inf or NaN behind a weight of 0 leaves no trace. This is the reference that every
+    backend is checked against, and what runs where a program is scripted, traced, exported or compiled.
 
     Args:
         features: maps of one shape, (batch, channels, height, width).
         weights: (batch, len(features)); cast to the maps' dtype.
     """
     edges = weights.to(features[0].dtype).reshape(-1, weights.shape[1], 1, 1, 1).unbind(1)
-    z = features[0] * edges[0]
+    learning = learns()
+    z = _behind(features[0], edges[0], learning) * edges[0]
     for i in range(1, len(features)):
-        z = torch.addcmul(z, features[i], edges[i])
+        z = torch.addcmul(z, _behind(features[i], edges[i], learning), edges[i])
     return z
 
 
-def adjacency_matrix(rows: List[Tensor]) -> Tensor:
-    """Rows of nodes 0..B -> alpha (paper 3.4): (batch, N, N), [source, target], strictly upper triangular.
+def dot_products(gradients: List[Tensor], x: Tensor, weights: Tensor) -> Tensor:
+    """Give the gradient of weights: ``dw[:, j] = <gradients[j], x>`` for each image, (batch, len(gradients)).
 
-    Rows may have further dimensions, which stay last.
+    A closed edge learns from the feature behind it, and not from what is not finite there.
+    """
+    edges = weights.to(x.dtype).reshape(-1, weights.shape[1], 1, 1, 1).unbind(1)
+    found = [(gradients[j] * _behind(x, edges[j], True)).sum((1, 2, 3)) for j in range(len(gradients))]
+    return torch.stack(found, dim=1).to(weights.dtype)
+
+
+def _behind(feature: Tensor, weight: Tensor, learning: bool) -> Tensor:
+    """What an edge reads: the feature, and nothing that is not finite where the edge is closed."""
+    if learning:  # a closed edge still learns from the feature behind it
+        return torch.where(weight == 0, feature.nan_to_num(0.0, 0.0, 0.0), feature)
+    return torch.where(weight == 0, 0.0, feature)
+
+
+def adjacency_matrix(rows: List[Tensor], targets: List[List[int]]) -> Tensor:
+    """Assemble alpha (paper 3.4), (batch, N, N), [source, target], from the rows of nodes 0..B.
+
+    Args:
+        rows: of each node, (batch, edges, ...): what belongs to the edges that leave it. Further dimensions stay last.
+        targets: of each node, where its edges lead.
     """
     n = len(rows) + 1
     alpha = rows[0].new_zeros([rows[0].shape[0], n, n] + list(rows[0].shape[2:]))
     for i in range(len(rows)):
-        alpha[:, i, i + 1 :] = rows[i]
+        alpha[:, i, targets[i]] = rows[i]
     return alpha

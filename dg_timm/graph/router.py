@@ -3,24 +3,26 @@
 from typing import List, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dg_timm.graph.edges import edge_weights
+from dg_timm.graph import edges
+from dg_timm.graph.context import request
 
 
 class Router(nn.Module):
-    """One fully-connected layer on the pooled feature, sigmoid, times a learned scale per edge, cut at a threshold.
-
-    The row that it gives has a place for every later node; where the topology has no edge there, it is 0.
+    """Weigh the edges that leave a node: a fully-connected layer on its pooled feature, sigmoid, scale, threshold.
 
     Args:
         in_chs: channels of the node's feature.
-        node: its index.
-        topology: of the stage, the sources of every node (:func:`dg_timm.graph.edges.complete`).
+        node: index of the node.
+        topology: the sources of every node of the stage (:func:`dg_timm.graph.topology.complete`).
         edge_scale: False drops the scale, so that the weights are the paper's alpha.
         instance_aware: False learns one number an edge, the same for every image, in place of the fully-connected
             layer (paper 6.3: alpha instead of alpha_b).
+
+    Attributes:
+        targets: nodes that the edges lead to, in the order of the weights.
+        fixed_threshold: what stands in for the learned threshold (:func:`dg_timm.set_threshold`); never saved.
     """
 
     fixed_threshold: Optional[float]
@@ -37,10 +39,9 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.node = node
-        self.out_degree = len(topology) - 1 - node  # in the complete graph
         self.targets = [target for target in range(node + 1, len(topology)) if node in topology[target]]
         self.in_degrees = [len(topology[target]) for target in self.targets]
-        self.is_instance_aware = instance_aware
+        self.is_instance_aware, self.has_scale = instance_aware, edge_scale
         degree = len(self.targets)
         if instance_aware:
             self.fc = nn.Linear(in_chs, degree, device=device, dtype=dtype)
@@ -49,56 +50,58 @@ class Router(nn.Module):
         scale = torch.empty(degree, device=device, dtype=dtype)
         self.scale: Optional[nn.Parameter]
         self.register_parameter("scale", nn.Parameter(scale) if edge_scale else None)
-        # 0 leaves every edge of a fresh network open, also those of scale 0; so does any value below, and it can learn.
-        self.threshold = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.fixed_threshold = None  # set_threshold: stands in for the learned one at run time, and is never saved
+        # One dimension, because sharding (FSDP2) takes no scalars. At 0 every edge is open, those of scale 0 too.
+        self.threshold = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.fixed_threshold = None
         self.reset_parameters(identity=False)
 
     @torch.no_grad()
     def reset_parameters(self, identity: bool) -> None:
-        """Start from the identity (only the edge to the next node, at weight 1) or from the mean of predecessors."""
+        """Start from the identity (the edge to the next node at weight 1, others at 0) or the mean of predecessors."""
         for name, parameter in self.named_parameters():
             if name != "scale":
                 nn.init.zeros_(parameter)
         if self.scale is not None:
-            for k, (target, in_degree) in enumerate(zip(self.targets, self.in_degrees, strict=True)):
-                self.scale[k] = 2.0 * (target == self.node + 1) if identity else 2.0 / in_degree
+            self.scale.copy_(self.initial_scale(identity))
 
-    def forward(self, pooled: Tensor, reached: Optional[Tensor] = None) -> Tensor:
-        """Weights of the edges that leave this node: its pooled feature (batch, channels) -> (batch, out-degree).
+    def initial_scale(self, identity: bool) -> Tensor:
+        """Scales at which the network starts: (edges,), on the CPU."""
+        scales = [
+            2.0 * (target == self.node + 1) if identity else 2.0 / in_degree
+            for target, in_degree in zip(self.targets, self.in_degrees, strict=True)
+        ]
+        return torch.tensor(scales, device="cpu")
 
-        ``reached``: (batch, 1) bool, False for the images for which this node is removed.
+    def forward(self, pooled: Tensor, active: Optional[Tensor] = None) -> Tensor:
+        """Weigh the edges that leave this node.
+
+        Args:
+            pooled: (batch, channels), the node's pooled feature.
+            active: (batch, 1) bool, False for the images for which this node is removed.
+
+        Returns:
+            (batch, edges), in the order of ``targets``; a closed edge is exactly 0.
         """
-        return self.row(edge_weights(self.logits_of(pooled), self.scale, self.tau(), reached))
+        return edges.edge_weights(self.compute_logits(pooled), self.scale, self.effective_threshold(), active)
 
-    def uncut(self, pooled: Tensor) -> Tensor:
-        """Weights that no threshold cuts: (batch, channels) -> (batch, edges)."""
-        weight = torch.sigmoid(self.logits_of(pooled))
-        return weight if self.scale is None else weight * self.scale
-
-    def row(self, values: Tensor) -> Tensor:
-        """A number for each edge -> one for each later node: (batch, edges) -> (batch, out-degree)."""
-        if len(self.targets) == self.out_degree:
-            return values
-        columns: List[Tensor] = [torch.zeros_like(values[:, :1])] * self.out_degree
-        for k in range(len(self.targets)):
-            columns[self.targets[k] - self.node - 1] = values[:, k : k + 1]
-        return torch.cat(columns, 1)
-
-    def logits_of(self, pooled: Tensor) -> Tensor:
-        """(batch, channels) -> (batch, edges), before the sigmoid."""
+    def compute_logits(self, pooled: Tensor) -> Tensor:
+        """What the sigmoid takes: (batch, channels) -> (batch, edges)."""
         if hasattr(self, "fc"):  # TorchScript resolves it
-            return F.linear(pooled, self.fc.weight, self.fc.bias)
+            return self.fc(pooled)
         else:
             return self.logits.expand(pooled.shape[0], -1)
 
-    def tau(self) -> Tensor:
-        """The threshold in force: a scalar."""
+    def effective_threshold(self) -> Tensor:
+        """The threshold in force, (1,): the learned one, unless a call or :func:`dg_timm.set_threshold` fixed it."""
         threshold: Tensor = self.threshold
         fixed = self.fixed_threshold
+        if not torch.jit.is_scripting():
+            requested = request().threshold
+            fixed = fixed if requested is None else requested
         if fixed is not None:
             threshold = torch.full_like(threshold, fixed)
         return threshold
 
     def extra_repr(self) -> str:
+        """Show where the edges lead."""
         return f"targets={self.targets}"

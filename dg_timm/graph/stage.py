@@ -1,77 +1,73 @@
 """One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
 
-from typing import Any, Dict, List, Optional, Union
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint
 
-from dg_timm.conversion import blocks as _blocks
-from dg_timm.conversion.find import StagePlan
-from dg_timm.execution import aggregation
-from dg_timm.execution import sparse as _sparse
-from dg_timm.execution.gates import Gates
-from dg_timm.graph import edges as graph
+from dg_timm._errors import BadType, BadValue
+from dg_timm.graph.executor import Executor, FirstEdge
+from dg_timm.graph.plan import StagePlan
 from dg_timm.graph.router import Router
-
-# Parts of a batch that run on their own (DGStage.pieces): how much may be live in one for each thread, a few times the
-# cache of a core (what is live at once is an upper bound; measured: results/performance.md), and the fewest images. A
-# single image would take other algorithms of some convolutions, and round otherwise.
-LIVE_BYTES = 6 * 2**20
-MIN_IMAGES = 2
-
+from dg_timm.graph.topology import complete
 
 # Options of a graph, with which a saved network is built again: those that are True by default, and all.
-SWITCHES = ("edge_scale", "block_shortcut", "instance_aware")
-GRAPH_OPTIONS = (*SWITCHES, "topology", "topology_seed")
+BOOL_OPTIONS = ("edge_scale", "block_shortcut", "instance_aware")
+GRAPH_OPTIONS = (*BOOL_OPTIONS, "topology", "topology_seed")
 
 
 class DGStage(nn.Module):
-    """A run of timm's blocks, wired per image.
+    """A run of timm's blocks that every image passes along its own edges.
 
-    The blocks keep their names; beside them stand ``router0`` (of the input node), ``router1`` .. ``routerB`` (of the
-    blocks) and, where block 1 has no shortcut, ``projection``. The static stage's state dict is a subset of this one's.
+    The blocks keep their names. Beside them stand ``router0`` (of the input node), ``router1`` .. ``routerB`` (of the
+    blocks) and, where block 1 has no shortcut to project with, ``projection``. The static stage's state dict is a
+    subset of this one's.
 
     Args:
         container: the static stage; its children move here.
-        plan: from :func:`dg_timm.conversion.find.find_stages`.
+        plan: its parts.
+        engine: runs the stage, ``engine(stage, x)``: chooses an executor and calls :meth:`run`. A module-level
+            function, so that the stage can be pickled.
+        projection: makes node 0's feature where ``plan.input_node`` is ``projection``.
         identity: start as the static network, bit for bit; otherwise every node starts from its predecessors' mean.
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
-        block_shortcut: False drops the blocks' own shortcuts; the graph's edges replace them.
+        block_shortcut: False says that the blocks have no shortcuts of their own; the graph's edges replace them.
         instance_aware: False learns one weight an edge for all images.
         topology: the edges that there are, as the sources of every node; by default all.
-    """
 
-    # Blocks can be indexed, as in nn.Sequential, but not iterated: timm's checkpoint_seq would iterate them one after
-    # another and never run the graph.
-    __iter__ = None
-    edges: List[List[int]]
-    topology: List[List[int]]
+    Attributes:
+        execution: ``dense``, ``sparse`` or ``fixed`` (:func:`dg_timm.set_execution`).
+        topology: the edges of fixed execution, as the sources of every node; otherwise all that there are.
+    """
 
     def __init__(
         self,
         container: nn.Module,
         plan: StagePlan,
         *,
+        engine: Callable[["DGStage", Tensor], Tensor],
+        projection: nn.Module | None = None,
         identity: bool,
         edge_scale: bool = True,
         block_shortcut: bool = True,
         instance_aware: bool = True,
-        topology: Optional[List[List[int]]] = None,
+        topology: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
+        self.engine = engine
         self.identity = identity
         self.edge_scale = edge_scale
         self.block_shortcut = block_shortcut
         self.instance_aware = instance_aware
         self.grad_checkpointing = False
-        self.gates: Optional[Gates] = None  # while a cost is learned (dg_timm.budget.calibration)
-        self.execution = "dense"  # set_execution
-        self.edges = topology or graph.complete(len(plan.blocks))  # the sources of every node
-        self.topology = self.edges  # ... that are read; fewer in static execution
-        self.num_entry = len(plan.entry)
-        self.live = plan.live
+        self.is_loading_part = False  # a state dict that holds a part of the static network
+        self.load_hook: Callable[..., None] | None = None
+        self.execution = "dense"
+        self.edges = topology or complete(len(plan.blocks))  # the sources of every node
+        self.topology = self.edges
+        self.input_node = plan.input_node
+        self.peak_ratio = plan.peak_ratio
+        self.entry_names = plan.entry
         self.block_names = plan.blocks
         like = next(container.parameters())
 
@@ -83,246 +79,127 @@ class DGStage(nn.Module):
 
         for name in plan.entry:
             self.add_module(name, container.get_submodule(name))
-        first = container.get_submodule(plan.blocks[0])
-        if plan.node0 == "projection":
-            norm = _blocks.output_norm(first)
-            self.projection = _blocks.Projection(
-                plan.in_chs, plan.out_chs, plan.stride, len(plan.blocks), norm, device=like.device, dtype=like.dtype
-            )
+        if projection is not None:
+            self.projection = projection
         add_router(0)
         for node, name in enumerate(plan.blocks, start=1):
             self.add_module(name, container.get_submodule(name))
             add_router(node)
         self.training = container.training
-        for added in self.graph_modules():  # a block may have modes of its own, such as frozen norms
+        for added in self.added_modules():  # a block may have modes of its own, such as frozen norms
             self.get_submodule(added).train(container.training)
         self.reset_graph_parameters()
 
-    def adapt_blocks(self, plan: StagePlan) -> None:
-        """Change timm's blocks where the graph needs it. Apart from ``__init__``, so that planning can still fail."""
-        blocks = [self.get_submodule(name) for name in self.block_names]
-        if not self.block_shortcut:
-            for block in blocks:
-                _blocks.drop_shortcut(block)
-        elif plan.node0 == "shortcut":
-            _blocks.take_shortcut_as_argument(blocks[0])
-        if plan.node0 == "shortcut":
-            blocks[0].projects_shortcut = True  # type: ignore[assignment]
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W')."""
+        return self.engine(self, x)
+
+    def run(self, executor: Executor, x: Tensor) -> Tensor:
+        """Run the graph: node by node, in topological order.
+
+        ``x`` is (batch, in_chs, H, W); the result is what the output node reads, (batch, out_chs, H', W').
+        """
+        for name in self.entry_names:
+            x = getattr(self, name)(x)
+        first = None
+        if self.input_node == "input":
+            executor.finish(0, x)
+        else:
+            projects = self.input_node == "shortcut"
+            first = FirstEdge(x, block_projects=projects, has_shortcut=projects and self.block_shortcut)
+            if not projects:
+                executor.finish(0, self.projection(x))
+        for node, name in enumerate(self.block_names, start=1):
+            feature = executor.apply(node, getattr(self, name), first)
+            if feature is not None:
+                executor.finish(node, feature)
+            first = None
+        out = executor.read(len(self.block_names) + 1)
+        assert out is not None  # the output node runs for every image
+        return out
 
     def reset_graph_parameters(self) -> None:
         """Start routers, scales, thresholds and projection afresh; the blocks' weights are left alone."""
-        if not self.block_shortcut:
-            for name in self.block_names:
-                _blocks.undo_zero_init(self.get_submodule(name))
-        for module in self.children():
-            if isinstance(module, Router):
-                module.reset_parameters(self.identity)
-            elif isinstance(module, _blocks.Projection):
-                module.reset_parameters()
+        for name in self.added_modules():
+            added = self.get_submodule(name)
+            if isinstance(added, Router):
+                added.reset_parameters(self.identity)
+            else:
+                added.reset_parameters()  # type: ignore[operator]
 
-    @torch.jit.unused
-    def graph_modules(self) -> Dict[str, str]:
-        """Names of what the graph adds, each with the name of the block it belongs to."""
+    def added_modules(self) -> dict[str, str]:
+        """Name what the graph adds, each with the name of the block that it belongs to."""
         added = {f"router{node}": self.block_names[max(node, 1) - 1] for node in range(len(self.block_names) + 1)}
-        if hasattr(self, "projection"):
+        if self.input_node == "projection":
             added["projection"] = self.block_names[0]
         return added
 
-    @torch.jit.unused
-    def edge_reads(self, source: int, feature: int) -> int:
-        """Elements that all edges read for one image, given those of the stage's input and of a node's feature."""
-        source = source if self.num_entry == 0 else feature  # an entry block ends at the shape of the features
-        edges = sum(len(sources) for sources in self.edges)
-        takes_shortcut = any(hasattr(child, "projects_shortcut") for child in self.children()) and self.block_shortcut
-        return (edges - 1) * feature + source + takes_shortcut * feature
+    def on_load(self, hook: Callable[..., None]) -> None:
+        """Let ``hook`` see every state dict that this stage loads, as ``register_load_state_dict_pre_hook`` says."""
+        self.load_hook = hook
+        self.register_load_state_dict_pre_hook(hook)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
+    def edge_macs(self, source: int, feature: int) -> dict[tuple[int, int], int]:
+        """Count the multiply-adds of each edge for one image: one an element that it reads.
 
-        This is the one place that decides what is computed. By default every edge is multiplied and every block runs
-        for every image, with no control flow that depends on values, so it scripts, traces, exports and compiles.
+        Args:
+            source: elements of the stage's input.
+            feature: elements of a node's feature.
+
+        Returns:
+            {(source node, target node): multiply-adds}.
         """
-        if self.execution == "sparse":
-            if torch.jit.is_scripting():
-                raise RuntimeError("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
-            else:
-                return self.sparse(x)
-        if not torch.jit.is_scripting():
-            pieces = self.pieces(x)
-            if pieces > 1:
-                return torch.cat([self.dense(piece) for piece in x.tensor_split(pieces)])
-        return self.dense(x)
+        macs = {(i, j): feature for j, sources in enumerate(self.edges) for i in sources}
+        if self.input_node != "input":  # the edge reads the stage's input, before its stride
+            source = feature if self.entry_names else source  # an entry block ends at the shape of the features
+            macs[0, 1] = source + feature * (self.input_node == "shortcut" and self.block_shortcut)
+        return macs
 
-    @torch.jit.unused
-    def pieces(self, x: Tensor) -> int:
-        """In how many parts a batch runs: in inference on CPUs, so that the maps of a stage stay in the cache.
+    def is_complete(self) -> bool:
+        """Say whether there is an edge between any two nodes."""
+        return self.edges == complete(len(self.block_names))
 
-        Nothing in a stage depends on the other images of a batch, and a graph holds many maps at once; so does a wide
-        block. Parts are large enough for the threads, and for the weights, which every part reads, to weigh less than
-        the maps. A hook on a module of the stage sees the whole batch: there is one part then.
-        """
-        if (
-            not aggregation.is_fused(x)
-            or x.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or self.training
-            or self.live is None
-            or len(x) < 2 * MIN_IMAGES
-        ):
-            return 1
-        maps = self.live * x[0].numel() * x.element_size()  # bytes of one image
-        weights = sum(p.numel() for p in self.parameters()) * x.element_size()
-        threads = torch.get_num_threads()
-        images = max(MIN_IMAGES, threads, threads * LIVE_BYTES / maps, weights / maps)
-        pieces = int(len(x) // images)
-        if pieces > 1 and (_global_hooks() or any(_sees_the_batch(m) for m in self.modules())):
-            return 1
-        return max(pieces, 1)
-
-    @torch.jit.unused
-    @torch.compiler.disable(reason="sparse execution chooses what to run by the image")
-    def sparse(self, x: Tensor) -> Tensor:
-        """As :meth:`dense` in evaluation, to rounding; closed edges are not read, removed nodes are not run."""
-        if _sparse.is_transformed(x):
-            raise RuntimeError(
-                "sparse execution chooses what to run by the image and can't be traced, exported or transformed; "
-                "dg_timm.set_execution(model, 'dense') first"
-            )
-        if self.training:
-            raise RuntimeError(
-                "sparse execution is for evaluation: call model.eval(), or dg_timm.set_execution(model, 'dense')"
-            )
-        if x.is_meta:  # only shapes are asked for
-            return self.dense(x)
-        with torch.no_grad():
-            pieces = self.pieces(x)
-            out = (
-                torch.cat([self._sparse(piece) for piece in x.tensor_split(pieces)]) if pieces > 1 else self._sparse(x)
-            )
-        if not torch.is_grad_enabled():
-            return out
-        learning = next((p for p in (x, *self.parameters()) if p.requires_grad), None)
-        return out if learning is None else _sparse.NoGradient.apply(learning, out)
-
-    def _sparse(self, source: Tensor) -> Tensor:
-        children: dict[str, Any] = dict(self._modules)  # get_submodule takes as long as a small kernel
-        for child in list(children.values())[: self.num_entry]:  # they stand first
-            _sparse.refuse_batch_statistics(child)
-            source = child(source)
-        blocks = [children[name] for name in self.block_names]
-        node0, reads_input, takes_shortcut = source, False, False
-        if hasattr(self, "projection") or hasattr(blocks[0], "projects_shortcut"):
-            project = children["projection"] if hasattr(self, "projection") else blocks[0].downsample
-            _sparse.refuse_batch_statistics(project)
-            node0, reads_input = project(source), True
-            takes_shortcut = self.block_shortcut and not hasattr(self, "projection")
-        routers = [children[f"router{node}"] for node in range(len(blocks) + 1)]
-        return _sparse.run(source, node0, blocks, routers, takes_shortcut, reads_input)
-
-    def dense(self, x: Tensor) -> Tensor:
-        # Written over children(), with hasattr to tell them apart: TorchScript resolves both when it unrolls the loop.
-        fused = aggregation.is_fused(x)
-        node = x  # the feature of the last node; of node 0 first
-        projected = False  # node 0's feature is a projection, which block 1 does not read
-        rows: List[Tensor] = []  # of every node so far: the weights of the edges that leave it
-        edges: List[List[Tensor]] = []  # ... and what they carry
-        weights = x  # of the edges that enter the last node; set before it is read
-        for child in self.children():
-            if hasattr(child, "projects_shortcut"):
-                # Once: block 1 takes its shortcut from here.
-                node = child.downsample(x)  # type: ignore[operator]
-                projected = True
-        for index, child in enumerate(self.children()):
-            if hasattr(child, "out_degree"):
-                if len(rows) > 0 and len(self.topology[len(rows)]) == 0:
-                    rows.append(rows[0])  # this node's block did not run, and nothing reads what stands here
-                    edges.append([node])
-                else:
-                    node, pooled = aggregation.pool(node, fused)
-                    if not torch.jit.is_scripting() and self.gates is not None:
-                        rows.append(self.gates.leave(child, pooled))  # type: ignore[arg-type]
-                    else:
-                        rows.append(child(pooled) if len(rows) == 0 else child(pooled, graph.reached(weights)))
-                    edges.append(aggregation.fan_out(node, rows[-1], child.out_degree, fused))  # type: ignore[arg-type]
-            elif hasattr(child, "projects_input"):
-                node, projected = child(x), True
-            elif index < self.num_entry:
-                x = child(x)
-                node = x
-            elif len(self.topology[len(rows)]) > 0:
-                target = len(rows)
-                weights = graph.column(rows, target, self.topology[target])
-                if not torch.jit.is_scripting() and self.gates is not None:
-                    weights = self.gates.enter(weights, target, self.topology[target])
-                sources = graph.carried(edges, target, self.topology[target])
-                shortcut: Optional[Tensor] = None
-                if target == 1 and projected:
-                    if hasattr(child, "projects_shortcut") and self.block_shortcut:
-                        shortcut = aggregation.aggregate(sources, weights, fused)
-                    sources = aggregation.fan_out(x, weights, 1, fused)
-                if not torch.jit.is_scripting():
-                    node = self.run_node(child, sources, weights, shortcut, fused)
-                elif hasattr(child, "projects_shortcut"):
-                    node = child(aggregation.aggregate(sources, weights, fused), shortcut)
-                else:
-                    node = child(aggregation.aggregate(sources, weights, fused))
-        into_output = self.topology[len(rows)]
-        sources = graph.carried(edges, len(rows), into_output)
-        return aggregation.aggregate(sources, graph.column(rows, len(rows), into_output), fused)
-
-    @torch.jit.unused
-    def run_node(
-        self, block: nn.Module, sources: List[Tensor], weights: Tensor, shortcut: Optional[Tensor], fused: bool
-    ) -> Tensor:
-        """One node in eager mode, with what makes its backward pass cheap in memory."""
-        if self.grad_checkpointing:
-            return checkpoint(_run_node, block, weights, shortcut, fused, *sources, use_reentrant=False)
-        if fused and torch.is_grad_enabled():
-            z = aggregation.aggregate(sources, weights, fused)
-            with aggregation.recompute(z, sources, weights):
-                return block(z) if shortcut is None else block(z, shortcut)
-        return _run_node(block, weights, shortcut, fused, *sources)
-
-    @torch.jit.unused
     def __len__(self) -> int:
-        return self.num_entry + len(self.block_names)
+        return len(self.entry_names) + len(self.block_names)
 
-    @torch.jit.unused
-    def __getitem__(self, index: Union[int, slice]) -> Union[nn.Module, List[nn.Module]]:
-        """The static stage's blocks, by position (``model.layer4[-1]`` is what Grad-CAM tools ask for)."""
-        static = [m for m in self.children() if not isinstance(m, (Router, _blocks.Projection))]
-        return static[index]
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        """Give the static stage's blocks by position (``model.layer4[-1]`` is what Grad-CAM tools ask for)."""
+        names = (*self.entry_names, *self.block_names)[index]
+        return self.get_submodule(names) if isinstance(names, str) else [self.get_submodule(name) for name in names]
+
+    def __setitem__(self, index: int, block: nn.Module) -> None:
+        """Put another block in the place of one (``model.layer4[-1] = Adapter(...)``); it must keep the shape."""
+        name = (*self.entry_names, *self.block_names)[index]
+        if not isinstance(block, nn.Module):
+            raise BadType(f"a block must be a module, got {type(block).__name__}")
+        if self.input_node == "shortcut" and name == self.block_names[0] and not hasattr(block, "residual"):
+            raise BadType(
+                f"block '{name}' of this stage projects the stage's input for node 0, which a {type(block).__name__} "
+                "does not do; replace a later block, or a module inside this one"
+            )
+        self.add_module(name, block)
+
+    def __iter__(self) -> Iterator[NoReturn]:
+        # timm's checkpoint_seq would iterate the blocks one after another and never run the graph
+        raise TypeError(
+            "the blocks of a dynamic stage are no chain and can't be iterated; call the stage, or take its blocks by "
+            "position: [stage[k] for k in range(len(stage))]"
+        )
+
+    def __prepare_scriptable__(self) -> "DGStage":
+        # torch.jit.script asks for it, and puts what it gets in this stage's place, for good
+        from dg_timm.graph.scripting import ScriptableStage
+
+        return ScriptableStage.of(self)
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{name}={getattr(self, name)}" for name in SWITCHES)
+        """Show nodes, edges and options."""
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in BOOL_OPTIONS)
         return f"nodes={len(self.edges)}, edges={sum(len(sources) for sources in self.edges)}, {options}"
-
-    @torch.jit.unused
-    def is_complete(self) -> bool:
-        """Whether there is an edge between any two nodes."""
-        return self.edges == graph.complete(len(self.block_names))
-
-
-def _sees_the_batch(module: nn.Module) -> bool:
-    """Whether a module's result may depend on the batch as a whole, or somebody watches it."""
-    return (
-        module.training
-        or (isinstance(module, _NormBase) and module.running_mean is None)
-        or bool(module._forward_hooks or module._forward_pre_hooks)
-    )
-
-
-def _global_hooks() -> bool:
-    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
-
-
-def _run_node(block: nn.Module, weights: Tensor, shortcut: Optional[Tensor], fused: bool, *sources: Tensor) -> Tensor:
-    z = aggregation.aggregate(list(sources), weights, fused)
-    return block(z) if shortcut is None else block(z, shortcut)
 
 
 def graph_stages(model: nn.Module) -> dict[str, DGStage]:
-    """The graphs of a model by name, in the order in which they run."""
+    """The dynamic stages of a model by name, in the order in which they run."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DGStage)}
 
 
@@ -332,8 +209,10 @@ def routers(model: nn.Module) -> dict[str, Router]:
 
 
 def require_dynamic(model: nn.Module) -> dict[str, DGStage]:
-    """The graphs of a model by name; ValueError if it has none."""
+    """The dynamic stages of a model by name; BadValue if it has none."""
+    if not isinstance(model, nn.Module):
+        raise BadType(f"expected a model, got {type(model).__name__}")
     stages = graph_stages(model)
     if not stages:
-        raise ValueError(f"{type(model).__name__} is a static network; convert it with dg_timm.dynamize(model)")
+        raise BadValue(f"{type(model).__name__} is a static network; convert it with dg_timm.dynamize(model)")
     return stages

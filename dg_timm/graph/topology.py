@@ -1,15 +1,18 @@
-"""Random topologies of a stage (paper Table 4), by the generators of the RandWire paper (Xie et al., 2019, 3.2).
+"""Which edges a stage has: complete, random (paper Table 4), or given. A topology lists the sources of every node.
 
-A generator draws an undirected graph over the blocks. An edge points from the lower to the higher index, so that there
-is no cycle; a block that nothing leads to reads the stage's input, and one that leads nowhere goes to its output.
+Random ones follow the RandWire paper (Xie et al., 2019, 3.2). A generator draws an undirected graph over the blocks.
+An edge points from the lower to the higher index, so that there is no cycle. A block that nothing leads to reads the
+stage's input, and one that leads nowhere goes to its output.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dg_timm.graph import edges as graph
+from dg_timm._errors import BadType, BadValue, MissingPackage
 
 # "complete", the name of a generator, or the sources of every node by stage
 Topology = Union[str, Mapping[str, Sequence[Sequence[int]]]]
@@ -25,6 +28,11 @@ GENERATORS: dict[str, Callable[[Any, int, int], Any]] = {
 TOPOLOGIES = ("complete", *GENERATORS)
 
 
+def complete(num_blocks: int) -> list[list[int]]:
+    """The sources of every node of the complete graph: ``[[], [0], [0, 1], ...]``."""
+    return [list(range(target)) for target in range(num_blocks + 2)]
+
+
 def _unconnected(nx: Any, count: int) -> Any:
     """The start of the RandWire paper: nodes without edges, all of which the next one is connected to."""
     start = nx.empty_graph(count + 1)
@@ -33,31 +41,37 @@ def _unconnected(nx: Any, count: int) -> Any:
 
 
 def build_topology(stages: Mapping[str, int], topology: Topology, seed: int) -> dict[str, list[list[int]]]:
-    """The sources of every node of every stage; {stage: number of blocks} says which there are.
+    """Give the topology of every stage.
+
+    Args:
+        stages: {stage name: number of blocks}.
+        topology: ``complete``, a generator's name, or the sources of every node by stage.
+        seed: of a random topology; every stage draws its own.
+
+    Returns:
+        {stage name: sources of every node}.
 
     Raises:
-        TypeError: if the seed is no integer, or the topology neither a name nor a mapping.
-        ValueError: for an unknown name, a negative seed, or edges that are no topology of these stages.
-        ImportError: if networkx is missing.
+        BadType: if the seed is no integer, or the topology neither a name nor a mapping.
+        BadValue: for an unknown name, a negative seed, or edges that are no topology of these stages.
+        MissingPackage: if networkx is missing.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"topology_seed must be an integer, got {seed!r}")
+        raise BadType(f"topology_seed must be an integer, got {seed!r}")
     if seed < 0:
-        raise ValueError(f"topology_seed must be at least 0, got {seed}")
+        raise BadValue(f"topology_seed must be at least 0, got {seed}")
     if isinstance(topology, Mapping):
         if topology.keys() != stages.keys():
-            raise ValueError(
-                f"a topology of the stages {', '.join(stages)} is needed, got one of {', '.join(topology)}"
-            )
+            raise BadValue(f"a topology of the stages {', '.join(stages)} is needed, got one of {', '.join(topology)}")
         return {name: _checked(name, topology[name], blocks) for name, blocks in stages.items()}
     if not isinstance(topology, str):
-        raise TypeError(
+        raise BadType(
             f"topology must be one of {', '.join(TOPOLOGIES)}, or the sources of every node by stage: {topology!r}"
         )
     if topology not in TOPOLOGIES:
-        raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}")
+        raise BadValue(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}")
     if topology == "complete":
-        return {name: graph.complete(blocks) for name, blocks in stages.items()}
+        return {name: complete(blocks) for name, blocks in stages.items()}
     return {
         name: random_topology(topology, blocks, int(np.random.SeedSequence((seed, k)).generate_state(1)[0]))
         for k, (name, blocks) in enumerate(stages.items())
@@ -65,7 +79,7 @@ def build_topology(stages: Mapping[str, int], topology: Topology, seed: int) -> 
 
 
 def random_topology(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
-    """Of every node (input, blocks, output) its sources, in order; every block lies on a way from input to output.
+    """Draw the sources of every node (input, blocks, output); every block lies on a way from input to output.
 
     Args:
         kind: ``er`` (Erdos-Renyi, P = 0.2), ``ba`` (Barabasi-Albert, M = 5) or ``ws`` (Watts-Strogatz, K = 4,
@@ -74,7 +88,7 @@ def random_topology(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
     try:
         import networkx as nx
     except ImportError as error:
-        raise ImportError("random topologies need networkx: pip install 'dg-timm[plots]'") from error
+        raise MissingPackage("random topologies need networkx: pip install 'dg-timm[plots]'") from error
     pairs: set[tuple[int, int]] = set()
     if num_blocks > 1:  # node k of the generator is block k + 1
         drawn = GENERATORS[kind](nx, num_blocks, seed)
@@ -89,24 +103,50 @@ def random_topology(kind: str, num_blocks: int, seed: int) -> list[list[int]]:
     return [sorted(source for source, to in pairs if to == target) for target in range(output + 1)]
 
 
+def useful_edges(name: str, chosen: Any, existing: list[list[int]]) -> list[list[int]]:
+    """Turn a matrix of edges into a topology, less the edges that lie on no way from input to output.
+
+    Args:
+        name: of the stage, for errors.
+        chosen: (N, N) bool, [source, target], strictly upper triangular.
+        existing: the stage's own topology.
+
+    Raises:
+        BadValue: if the matrix does not fit, has an edge that the stage lacks, or no way from input to output.
+    """
+    nodes = len(existing)
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != (nodes, nodes):
+        what = f"{tuple(chosen.shape)} {chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise BadValue(f"the topology of '{name}' must be a ({nodes}, {nodes}) bool tensor, got {what}")
+    edges = chosen.cpu().triu(1)
+    if not torch.equal(edges, chosen.cpu()):
+        raise BadValue(f"the topology of '{name}' must be strictly upper triangular: [source, target], source < target")
+    for source, target in edges.nonzero().tolist():
+        if source not in existing[target]:
+            raise BadValue(f"the topology of '{name}' has an edge ({source}, {target}), which the network lacks")
+    for node in range(1, nodes - 1):  # in order: what removes one node may remove the next
+        edges[node] &= edges[:, node].any()
+    for node in range(nodes - 2, 0, -1):
+        edges[:, node] &= edges[node].any()
+    if not edges[:, -1].any():
+        raise BadValue(f"the topology of '{name}' has no way from its input to its output")
+    return [edges[:, target].nonzero().flatten().tolist() for target in range(nodes)]
+
+
 def _checked(name: str, sources: Any, blocks: int) -> list[list[int]]:
     nodes = blocks + 2
     try:
         topology = [[int(source) for source in of_node] for of_node in sources]
     except (TypeError, ValueError):
-        raise ValueError(f"the topology of '{name}' must list the sources of every node, got {sources!r}") from None
+        raise BadValue(f"the topology of '{name}' must list the sources of every node, got {sources!r}") from None
     if len(topology) != nodes:
-        raise ValueError(
-            f"the topology of '{name}' must have {nodes} nodes (input, blocks, output), got {len(topology)}"
-        )
+        raise BadValue(f"the topology of '{name}' must have {nodes} nodes (input, blocks, output), got {len(topology)}")
     for target, of_node in enumerate(topology):
         if of_node != sorted(set(of_node)) or any(not 0 <= source < target for source in of_node):
-            raise ValueError(
-                f"the topology of '{name}': sources of node {target} must ascend, from 0 on, below {target}"
-            )
+            raise BadValue(f"the topology of '{name}': sources of node {target} must ascend, from 0 on, below {target}")
         if target > 0 and not of_node:
-            raise ValueError(f"the topology of '{name}': node {target} has no source")
+            raise BadValue(f"the topology of '{name}': node {target} has no source")
     for source in range(nodes - 1):
         if not any(source in of_node for of_node in topology):
-            raise ValueError(f"the topology of '{name}': node {source} leads nowhere")
+            raise BadValue(f"the topology of '{name}': node {source} leads nowhere")
     return topology

@@ -1,20 +1,22 @@
 """The residual networks for CIFAR-10 (He et al., 2016, 4.2), as timm models: small enough to learn without a GPU.
 
-A 3 x 3 stem, no pooling, and three stages of basic blocks with 16, 32 and 64 channels at 32, 16 and 8 px, ``6n + 2``
-layers for n blocks a stage. Where a stage changes the shape, its first block's shortcut is a projection (their option
-B), as in every ResNet of timm.
+They have a 3 x 3 stem, no pooling, and three stages of basic blocks with 16, 32 and 64 channels at 32, 16 and 8 px;
+``6n + 2`` layers for n blocks a stage. Where a stage changes the shape, its first block's shortcut is a projection
+(their option B), as in every ResNet of timm.
 """
 
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from dg_timm._errors import BadValue
+from dg_timm.conversion.classes import give_name
+
 CHANNELS = (16, 32, 64)
-BLOCKS = {  # a stage
+BLOCKS = {  # blocks of each stage
     "cifar_resnet8": 1,
     "cifar_resnet14": 2,
     "cifar_resnet20": 3,
@@ -38,8 +40,15 @@ CIFAR10 = {  # statistics of the training images
 default_cfgs = generate_default_cfgs({name: {"url": "", **CIFAR10} for name in BLOCKS})
 
 
+@give_name
 class CifarResNet(ResNet):
-    """timm's ResNet with the stem and the three stages of the CIFAR networks; takes what a ResNet takes."""
+    """timm's ResNet with the stem and the three stages of the networks for CIFAR.
+
+    Args:
+        num_classes: outputs of the classifier; 0 leaves it out.
+        in_chans: channels of the images.
+        **kwargs: further arguments of timm's ``ResNet`` (``block``, ``layers``, ``channels``, ``drop_rate``, ...).
+    """
 
     if TYPE_CHECKING:  # TorchScript would read them
         layer1: nn.Module
@@ -83,10 +92,26 @@ class CifarResNet(ResNet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """As timm's: levels are the stem and the three stages."""
+        """Return the maps of the levels (the stem and the three stages), as timm's models do.
+
+        Args:
+            x: images, (batch, in_chans, height, width).
+            indices: levels to return, negative ones from the end; a number n means the last n, None means all.
+            norm: has no effect: no level has a norm of its own.
+            stop_early: do not run the stages behind the last level of ``indices``.
+            output_fmt: only "NCHW".
+            intermediates_only: leave out the final map.
+
+        Returns:
+            the final map and the list of levels, or only the list; every map is (batch, channels, H, W).
+
+        Raises:
+            BadValue: for another format, or a level that there is not.
+        """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
-        taken, last = feature_take_indices(1 + len(_LAYERS), indices)
+            raise BadValue(f"output_fmt must be NCHW, got {output_fmt!r}")
+        taken = _levels(indices)
+        last = max(taken)
         x = self.act1(self.bn1(self.conv1(x)))
         intermediates = [x] if 0 in taken else []
         for level, name in enumerate(_LAYERS[:last] if stop_early else _LAYERS, start=1):
@@ -99,15 +124,34 @@ class CifarResNet(ResNet):
     def prune_intermediate_layers(
         self, indices: Union[int, list[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's: stages that no level needs become empty."""
-        taken, last = feature_take_indices(1 + len(_LAYERS), indices)
+        """Empty the stages that no level of ``indices`` needs, as timm's models do; return the levels.
+
+        Args:
+            indices: levels to keep, as for :meth:`forward_intermediates`.
+            prune_norm: has no effect: there is no norm behind the last stage.
+            prune_head: drop the classifier as well.
+        """
+        taken = _levels(indices)
+        last = max(taken)
         for name in _LAYERS[last:]:
             setattr(self, name, nn.Sequential())
         if last < len(_LAYERS):
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or last < len(_LAYERS):
             self.reset_classifier(0, "")
-        return list(taken)
+        return taken
+
+
+def _levels(indices: Optional[Union[int, list[int]]]) -> list[int]:
+    """Turn what timm calls ``indices`` into levels, counted from the stem."""
+    count = 1 + len(_LAYERS)
+    if indices is None:
+        return list(range(count))
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    levels = [count + index if index < 0 else index for index in wanted]
+    if not levels or any(not 0 <= level < count for level in levels):
+        raise BadValue(f"there are the levels 0 to {count - 1}, got the indices {indices!r}")
+    return levels
 
 
 def _register(variant: str) -> None:
@@ -119,7 +163,7 @@ def _register(variant: str) -> None:
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
     entrypoint.__module__ = __name__
-    entrypoint.__doc__ = f"ResNet for CIFAR with {BLOCKS[variant]} basic blocks a stage."
+    entrypoint.__doc__ = f"Build a ResNet for CIFAR with {BLOCKS[variant]} basic blocks a stage."
     globals()[variant] = register_model(entrypoint)
 
 

@@ -1,6 +1,6 @@
-"""Looking at the wiring, and setting its threshold."""
+"""The weights of the edges of each image, and the model that is asked, which stays as it was."""
 
-import math
+import contextlib
 
 import pytest
 import timm
@@ -47,48 +47,59 @@ def test_adjacency_of_a_static_model():
         dg_timm.adjacency(timm.create_model("dg_resnet18"), [1, 2])
 
 
-def test_a_higher_threshold_closes_more_and_none_returns_to_the_learned_one(model):
+def test_the_adjacency_is_that_of_the_pass_that_is_recorded(model):
+    x, other = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
+    wanted = dg_timm.adjacency(model, x)
+    with torch.no_grad(), dg_timm.record_adjacency(model) as recorded:
+        assert recorded == {}
+        model(other)
+        model(x)  # the last pass counts
+    assert list(recorded) == list(wanted)
+    assert all(torch.equal(recorded[name], wanted[name]) for name in wanted)
+    with torch.no_grad():
+        model(other)  # after the block nothing is recorded
+    assert len(recorded["s1"]) == 2
+
+
+def test_what_is_recorded_of_each_router_is_the_callers_choice(model):
     x = torch.randn(2, 3, 64, 64)
-    learned = model(x)
-    saved = {key: value.clone() for key, value in model.state_dict().items()}
-    open_edges = []
-    for threshold in (0, 0.1, 0.3, 1.0, 100):
-        dg_timm.set_threshold(model, threshold)
-        alpha = dg_timm.adjacency(model, x)
-        open_edges.append(sum(int((a != 0).sum()) for a in alpha.values()))
-        assert all(((a == 0) | (a.abs() >= threshold)).all() for a in alpha.values())
-    assert open_edges == sorted(open_edges, reverse=True)
-    assert open_edges[0] > open_edges[2] > open_edges[-1] == 0
-    assert not torch.equal(model(x), learned)
-    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
-    dg_timm.set_threshold(model, None)
-    assert torch.equal(model(x), learned)
+
+    def logits(router, pooled, row):
+        return torch.stack([router.compute_logits(pooled), row], dim=2)
+
+    with torch.no_grad(), dg_timm.record_adjacency(model, logits) as recorded:
+        model(x)
+    alphas = dg_timm.adjacency(model, x)
+    for name, both in recorded.items():
+        assert both.shape == (*alphas[name].shape, 2)
+        assert torch.equal(both[..., 1], alphas[name])
+        assert both[..., 0].any()
 
 
-@pytest.mark.parametrize(
-    ("bad", "error"),
-    [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("0.1", TypeError), (True, TypeError)],
-)
-def test_bad_thresholds_change_nothing(model, bad, error):
-    dg_timm.set_threshold(model, 0.25)
-    with pytest.raises(error, match="threshold must be"):
-        dg_timm.set_threshold(model, bad)
-    assert all(router.fixed_threshold == 0.25 for router in routers(model).values())
-    with pytest.raises(ValueError, match="static network"):
-        dg_timm.set_threshold(timm.create_model("resnet18"), 0.1)
+def test_recording_needs_dense_execution(model):
+    dg_timm.set_execution(model, "sparse")
+    with pytest.raises(ValueError, match="recorded in dense execution"), dg_timm.record_adjacency(model):
+        pass
+    with pytest.raises(ValueError, match="is a static network"), dg_timm.record_adjacency(torch.nn.Linear(1, 1)):
+        pass
 
 
-def test_the_picture_is_a_picture(model, tmp_path):
-    from PIL import Image
+def test_recording_a_pass_that_learns_changes_no_gradient(model):
+    x, found = torch.randn(2, 3, 64, 64), []
+    for recording in (False, True):
+        model.zero_grad()
+        with dg_timm.record_adjacency(model) if recording else contextlib.nullcontext({}) as recorded:
+            model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        assert all(not alpha.requires_grad for alpha in recorded.values())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
-    x = torch.randn(3, 3, 64, 64)
-    path = dg_timm.draw_wiring(
-        dg_timm.adjacency(model, x), tmp_path / "new" / "wiring.png", images=x, titles=list("abc")
-    )
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 200
-        assert len(picture.getcolors(maxcolors=1 << 20)) > 50  # arcs, not a blank sheet
-    assert [p.name for p in path.parent.iterdir()] == ["wiring.png"]
-    with pytest.raises(ValueError, match="2 titles for 3 adjacency matrices"):
-        dg_timm.draw_wiring(dg_timm.adjacency(model, x), path, titles=["a", "b"])
+
+def test_a_removed_node_has_no_edges(model):
+    dg_timm.set_threshold(model, 0.4)
+    removed = 0
+    for alpha in dg_timm.adjacency(model, torch.randn(4, 3, 64, 64)).values():
+        dead = (alpha[:, :, 1:-1] == 0).all(1)
+        assert (alpha[:, 1:-1][dead] == 0).all()
+        removed += int(dead.sum())
+    assert removed > 0

@@ -1,9 +1,6 @@
 """Libraries that take timm models take these: each is run for real (extra ``downstream``)."""
 
-import importlib
 import os
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -15,24 +12,17 @@ import torch
 from torch import nn
 
 import dg_timm
-from tests.helpers.networks import FAMILIES, randomize, randomize_graph, static_and_dynamic
+from dg_timm.graph.stage import graph_stages
+from tests.helpers.imports import quietly_import
+from tests.helpers.networks import FAMILIES, static_and_dynamic
+from tests.helpers.publishing import small
+from tests.helpers.scripts import python
 
 LABELS = [f"label {k}" for k in range(10)]
 
 
-def small(name="dg_regnetx_002", **options):
-    return randomize_graph(randomize(timm.create_model(name, num_classes=10, **options)))
-
-
 def images(batch=2, size=64):
     return torch.linspace(-1, 1, batch * 3 * size * size).view(batch, 3, size, size)
-
-
-def quietly_import(name):
-    """Import a library whose own import warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)  # missing, it must fail: it is what the extra `downstream` is for
 
 
 # --------------------------------------------------------------------------- transformers
@@ -103,7 +93,7 @@ def test_transformers_backbone_with_hidden_states(name, transformers):
         out = backbone(images(), output_hidden_states=True)
     assert [m.shape[1] for m in out.feature_maps] == backbone.channels
     assert len(out.hidden_states) == 5
-    assert dg_timm.graph.stage.graph_stages(backbone)
+    assert graph_stages(backbone)
 
 
 def test_transformers_trainer(transformers, tmp_path):
@@ -138,7 +128,7 @@ def test_segmentation_models_pytorch(encoder, decoder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = getattr(smp, decoder)(encoder_name=encoder, encoder_weights=None, classes=3, **options)
-    assert dg_timm.graph.stage.graph_stages(model)
+    assert graph_stages(model)
     out = model(images())
     assert out.shape == (2, 3, 64, 64)
     out.square().mean().backward()
@@ -201,7 +191,7 @@ def test_effdet():
         model = effdet.EfficientDet(config, pretrained_backbone=False).eval()
         with torch.inference_mode():
             classes, boxes = model(images(size=128))
-    assert dg_timm.graph.stage.graph_stages(model)
+    assert graph_stages(model)
     assert len(classes) == len(boxes) == 5
 
 
@@ -250,7 +240,7 @@ chain = {{float(value) for key in ours if key.endswith("scale") for value in our
 assert chain == {{0.0, 2.0}}, chain
 print(len(ours), len(static))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr
     ours, theirs = map(int, done.stdout.split())
     assert ours > theirs
@@ -277,11 +267,9 @@ def test_timms_train_and_validate(tmp_path):
                 Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / label / f"{k}.png")
     common = ["--data-dir", str(tmp_path), "--num-classes", "2", "--device", "cpu", "--model", "dg_regnetx_002",
               "-b", "8", "--workers", "0", "--img-size", "32"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
     def run(*start):
-        command = [sys.executable, *start, *common]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = python(*start, *common, cwd=tmp_path, env={"PYTHONPATH": ""})
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 

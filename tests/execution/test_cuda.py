@@ -1,9 +1,5 @@
 """What runs on a GPU, against the same on the CPU or by the reference formulas. Skipped where there is none."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -11,15 +7,15 @@ import torch.nn.functional as F
 
 import dg_timm
 from dg_timm.budget.expected_cost import ExpectedCost
-from dg_timm.budget.start import raise_thresholds
-from dg_timm.execution import aggregation
+from dg_timm.budget.preparation import raise_thresholds
+from dg_timm.execution import backends, operators
 from tests.helpers.networks import FAMILIES, close_at_random, randomize, randomize_graph, static_and_dynamic
+from tests.helpers.scripts import run
 from tests.helpers.stages import images, make_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
-ROOT = Path(__file__).parents[2]
-PATHS = ("reference", "kernels")
+BACKENDS = ("reference", "kernels")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -37,8 +33,8 @@ def exact():
 def test_the_triton_kernels_are_what_runs():
     """The comparisons below would be empty otherwise."""
     x = torch.randn(2, 3, 4, 4, device="cuda")
-    kernels = aggregation.kernels_for(x)
-    assert type(kernels).__module__ == "dg_timm.execution.backends.cuda"
+    kernels = backends.kernels_for(x)
+    assert type(kernels).__module__ == "dg_timm.execution.backends.triton_kernels"
     assert kernels.dtypes == set(TOLERANCE)
 
 
@@ -54,9 +50,9 @@ def test_kernels(n, dtype, layout):
     weights[1, n // 2] = 0
     stacked = torch.stack(maps).double()
     maps[n // 2][1] = float("nan")  # its edge weighs 0: not read
-    z = aggregation.gather(maps, weights)
+    z = operators.weighted_sum(maps, weights)
     maps[n // 2][1] = stacked[n // 2, 1].to(dtype)
-    dx, dw = aggregation.fan_out_gradients(maps, x, weights)
+    dx, dw = operators.product_gradients(maps, x, weights)
     wanted = torch.einsum("bn,nbchw->bchw", weights.double(), stacked)
     dots = torch.einsum("nbchw,bchw->bn", stacked, x.double())
     assert z.dtype == dtype
@@ -99,8 +95,8 @@ def test_under_autocast_kernels_are_no_worse_than_the_formulas(dtype):
     x = torch.randn(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (32,), device="cuda")
 
-    def gradients(path, to):
-        with aggregation.path(path):
+    def gradients(backend, to):
+        with operators.using_backend(backend):
             with torch.autocast("cuda", to, enabled=to != torch.float32):
                 loss = F.cross_entropy(model(x).float(), labels)
             return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -108,7 +104,7 @@ def test_under_autocast_kernels_are_no_worse_than_the_formulas(dtype):
     def distance(some, others):
         return sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True) if a is not None) ** 0.5
 
-    right, formulas, kernels = gradients("reference", torch.float32), *(gradients(p, dtype) for p in PATHS)
+    right, formulas, kernels = gradients("reference", torch.float32), *(gradients(b, dtype) for b in BACKENDS)
     assert all(g.isfinite().all() for g in kernels if g is not None)
     assert distance(kernels, right) <= 1.2 * distance(formulas, right)
 
@@ -191,12 +187,12 @@ def test_compiled():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_training_with_a_target(precision, tmp_path):
-    command = [sys.executable, ROOT / "train_scripts" / "train.py", "--data", "digits", "--model", "dg_cifar_resnet20",
+    command = ["--data", "digits", "--model", "dg_cifar_resnet20",
                "--image-size", "32", "--epochs", "2", "--batch-size", "64", "--opt", "adamw", "--lr", "2e-3",
                "--target-cost", "0.6", "--mixed-precision", precision, "--channels-last", "--workers", "1",
                "--output", tmp_path / "run"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("train.py", *command)
     assert done.returncode == 0, done.stderr[-3000:]
-    config = (tmp_path / "run" / "summary.csv").read_text()
+    config = (tmp_path / "run" / "summary.csv").read_text(encoding="utf-8")
     assert config.count("\n") >= 3
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

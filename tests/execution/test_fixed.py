@@ -1,4 +1,4 @@
-"""A fixed topology folded in: equal to the dense graph whose other edges are closed, and a plain network to any tool."""
+"""A fixed topology: equal to the dense graph whose other edges are closed, and a plain network to any tool."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def mask(stage, edges):
     for node in range(len(stage) + 1):
         router = stage.get_submodule(f"router{node}")
         router.threshold.fill_(1e-9)
-        router.scale.mul_(edges[node, node + 1 :])
+        router.scale.mul_(edges[node, router.targets])
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 6])
@@ -49,7 +49,7 @@ def test_equals_the_dense_graph_with_the_other_edges_closed(kind, num_blocks):
         mask(stage, edges)
         with torch.no_grad():
             wanted = stage(x)
-            dg_timm.set_execution(stage, "static", {"": edges})
+            dg_timm.set_execution(stage, "fixed", {"": edges})
             torch.testing.assert_close(stage(x), wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -58,13 +58,15 @@ def test_what_leads_nowhere_is_not_run():
     edges = torch.zeros(7, 7).bool()
     edges[0, 2] = edges[2, 6] = True
     edges[0, 1] = edges[3, 6] = edges[4, 5] = True  # to a dead end, from one, and neither
-    ran = []
+    ran, convolved = [], []
+    stage[0].conv1.register_forward_hook(lambda module, args, out: convolved.append(out))
     for name, module in stage.named_children():
         module.register_forward_hook(lambda module, args, out, name=name: ran.append(name))
-    dg_timm.set_execution(stage, "static", {"": edges})
+    dg_timm.set_execution(stage, "fixed", {"": edges})
     with torch.no_grad():
         stage(x)
-    assert ran == ["router0", "1", "router2"]
+    assert ran == ["router0", "0", "1", "router2"]  # block 1 makes node 0's feature ...
+    assert convolved == []  # ... and does nothing else
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,7 +74,7 @@ def test_it_scripts_exports_traces_and_trains(name):
     model = randomize(randomize_graph(timm.create_model(name, num_classes=4)))
     x = torch.randn(2, 3, 64, 64)
     topology = {key: useful(random_topology(len(stage.block_names) + 2)) for key, stage in graph_stages(model).items()}
-    dg_timm.set_execution(model, "static", topology)
+    dg_timm.set_execution(model, "fixed", topology)
     with torch.no_grad():
         wanted = model(x)
         made_from = [torch.jit.script(model), torch.jit.trace(model, x), torch.export.export(model, (x,)).module()]
@@ -106,19 +108,19 @@ def test_majority_topology_is_what_is_open_for_enough_images():
     assert sizes[0] > sizes[-1]
 
 
-def test_its_cost_is_that_of_the_wiring():
+def test_its_cost_is_that_of_the_topology():
     model = timm.create_model("dg_resnet50")
     x = torch.randn(2, 3, 64, 64)
     everything = dg_timm.cost(model, x)
     chain = {key: torch.ones(len(s) + 1).diag(1).bool() for key, s in graph_stages(model).items()}
-    dg_timm.set_execution(model, "static", chain)
+    dg_timm.set_execution(model, "fixed", chain)
     along = dg_timm.cost(model, x)
     assert (along < everything).all()
     assert along[0] == along[1]
     past = {key: torch.zeros_like(topology) for key, topology in chain.items()}
     for topology in past.values():
         topology[0, -1] = True
-    dg_timm.set_execution(model, "static", past)
+    dg_timm.set_execution(model, "fixed", past)
     assert (dg_timm.cost(model, x) < 0.3).all()
     dg_timm.set_execution(model, "dense")
     assert torch.equal(dg_timm.cost(model, x), everything)
@@ -129,11 +131,11 @@ def test_identity_along_the_chain_is_the_static_network():
     wanted = static(x := torch.randn(2, 3, 64, 64))
     model = dg_timm.dynamize(static)
     chain = {key: torch.ones(len(s) + 1).diag(1).bool() for key, s in graph_stages(model).items()}
-    dg_timm.set_execution(model, "static", chain)
+    dg_timm.set_execution(model, "fixed", chain)
     assert torch.equal(model(x), wanted)
 
 
-def test_bad_wirings_change_nothing():
+def test_bad_topologies_change_nothing():
     model = timm.create_model("dg_resnet18").eval()
     complete = {key: torch.ones(4, 4).triu(1).bool() for key in graph_stages(model)}
     broken = {
@@ -145,11 +147,11 @@ def test_bad_wirings_change_nothing():
     }
     for message, topology in broken.items():
         with pytest.raises(ValueError, match=message):
-            dg_timm.set_execution(model, "static", {**complete, "layer3": topology})
+            dg_timm.set_execution(model, "fixed", {**complete, "layer3": topology})
     with pytest.raises(ValueError, match="a topology for the stages layer1, layer2"):
-        dg_timm.set_execution(model, "static", {"layer1": complete["layer1"]})
-    with pytest.raises(ValueError, match="static execution needs a topology"):
-        dg_timm.set_execution(model, "static")
+        dg_timm.set_execution(model, "fixed", {"layer1": complete["layer1"]})
+    with pytest.raises(ValueError, match="fixed execution needs a topology"):
+        dg_timm.set_execution(model, "fixed")
     with pytest.raises(ValueError, match="dense execution takes no topology"):
         dg_timm.set_execution(model, "dense", complete)
     with pytest.raises(ValueError, match="no images"):

@@ -9,9 +9,8 @@ import timm
 import torch
 
 import dg_timm
-from dg_timm.graph import edges as graph
 from dg_timm.graph.stage import graph_stages, routers
-from dg_timm.graph.topology import GENERATORS, random_topology
+from dg_timm.graph.topology import GENERATORS, complete, random_topology
 from tests.helpers.networks import randomize, randomize_graph
 
 NAME = "dg_cifar_resnet26"
@@ -77,13 +76,13 @@ def test_all_executions_agree_with_the_complete_graph_of_the_same_weights(kind, 
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), wanted, atol=1e-4)
     dg_timm.set_threshold(model, 0.0)  # else so few edges may close a stage for all images
     wanted = model(x)
-    dg_timm.set_execution(model, "static", dg_timm.majority_topology(model, [x]))
+    dg_timm.set_execution(model, "fixed", dg_timm.majority_topology(model, [x]))
     assert torch.allclose(model(x), wanted, atol=1e-4)
     dg_timm.set_execution(model, "dense")
     dg_timm.set_threshold(model, None)
     ours, theirs = dg_timm.cost(model, x), dg_timm.cost(complete, x)
     assert torch.allclose(ours, theirs, atol=2e-3)  # the complete graph's routers are larger
-    assert dg_timm.analysis.counting(model).aggregation < dg_timm.analysis.complexities(complete).aggregation
+    assert dg_timm.complexity(model).aggregation < dg_timm.complexity(complete).aggregation
 
 
 def test_a_fresh_network_starts_from_the_mean_of_the_predecessors_that_there_are():
@@ -99,10 +98,10 @@ def test_every_parameter_learns():
     assert all(router.fc.weight.grad.any() for router in routers(model).values())
 
 
-def test_the_wiring_is_saved_as_edges_and_loads_without_networkx(tmp_path, monkeypatch):
+def test_the_topology_is_saved_as_edges_and_loads_without_networkx(tmp_path, monkeypatch):
     model = with_topology("ws", topology_seed=5)
     dg_timm.save_pretrained(model, tmp_path)
-    kept = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    kept = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_args"]
     assert kept["topology"] == {name: stage.edges for name, stage in graph_stages(model).items()}
     assert kept["topology_seed"] == 5
     monkeypatch.setitem(sys.modules, "networkx", None)
@@ -143,14 +142,14 @@ FINE = [[], [0], [0, 1], [1, 2], [3], [2, 4]]
         ([[], ["x"]], 0, None, "must list the sources of every node"),
     ],
 )
-def test_what_is_no_wiring_is_refused(topology, seed, error, message):
+def test_what_is_no_topology_is_refused(topology, seed, error, message):
     if error is None:  # of one stage; the others are fine
         topology, error = {"layer1": topology, "layer2": FINE, "layer3": FINE}, ValueError
     with pytest.raises(error, match=message):
         timm.create_model(NAME, topology=topology, topology_seed=seed)
 
 
-def test_a_random_wiring_has_no_identity():
+def test_a_random_topology_has_no_identity():
     static = timm.create_model("cifar_resnet26")
     with pytest.raises(ValueError, match="identity conversion needs the complete topology, got 'er'"):
         dg_timm.dynamize(static, topology="er")
@@ -159,11 +158,11 @@ def test_a_random_wiring_has_no_identity():
         timm.create_model(NAME, topology="er").load_state_dict(static.state_dict())
 
 
-def test_static_execution_takes_only_edges_that_there_are():
+def test_fixed_execution_takes_only_edges_that_there_are():
     model = with_topology("ba")
     topology = {name: torch.ones(6, 6).triu(1).bool() for name in graph_stages(model)}
-    with pytest.raises(ValueError, match=r"the topology of 'layer1' has an edge \(0, 4\), which the network does not"):
-        dg_timm.set_execution(model, "static", topology)
+    with pytest.raises(ValueError, match=r"the topology of 'layer1' has an edge \(0, 4\), which the network lacks"):
+        dg_timm.set_execution(model, "fixed", topology)
     x = torch.randn(1, *SIZE)
     before = model(x)
     assert graph_stages(model)["layer1"].topology == graph_stages(model)["layer1"].edges
@@ -172,8 +171,8 @@ def test_static_execution_takes_only_edges_that_there_are():
     assert torch.equal(model(x), before)
 
 
-def test_an_explicit_wiring_may_be_the_complete_one():
-    sources = {f"layer{k}": graph.complete(4) for k in (1, 2, 3)}
+def test_an_explicit_topology_may_be_the_complete_one():
+    sources = {f"layer{k}": complete(4) for k in (1, 2, 3)}
     model = timm.create_model(NAME, topology=sources)
     assert all(stage.is_complete() for stage in graph_stages(model).values())
     model.load_state_dict(timm.create_model("cifar_resnet26").state_dict())  # as the identity

@@ -61,3 +61,15 @@ def close_at_random(module: nn.Module, openness: float) -> None:
         router.fc.weight.mul_(BIG)
         router.fc.bias.uniform_(-3, 3)
         router.threshold.fill_(1.6 * (1 - openness))
+
+
+def closing_network(seed: int = 1, **options: object) -> tuple[nn.Module, torch.Tensor]:
+    """A network of which random images remove some blocks, in double precision."""
+    torch.manual_seed(seed)
+    model = randomize_graph(timm.create_model("dg_cifar_resnet20", **options).double().eval(), spread=3.0)
+    with torch.no_grad():
+        for router in routers(model).values():
+            router.fc.weight.normal_(std=8.0)
+            router.fc.bias.uniform_(-3, 3)
+            router.threshold.fill_(0.3)
+    return model, torch.randn(8, 3, 32, 32, dtype=torch.double)

@@ -5,7 +5,10 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
 
-from dg_timm.conversion.find import StagePlan
+from dg_timm.conversion.blocks import Projection, output_norm
+from dg_timm.conversion.convert import adapt_blocks
+from dg_timm.execution.engine import run_stage
+from dg_timm.graph.plan import StagePlan
 from dg_timm.graph.stage import DGStage
 from tests.helpers.networks import randomize, randomize_graph
 
@@ -25,8 +28,12 @@ def make_stage(kind: str, num_blocks: int, dtype: torch.dtype = torch.float64, *
         blocks += [Bottleneck(CHANNELS, CHANNELS // 4) for _ in range(num_blocks - 1)]
     names = tuple(str(k) for k in range(num_blocks))
     plan = StagePlan("stage", (), names, kind, in_chs, CHANNELS, stride)
-    stage = DGStage(nn.Sequential(*blocks), plan, identity=False, **options)
-    stage.adapt_blocks(plan)
+    container = nn.Sequential(*blocks)
+    projection = None
+    if kind == "projection":
+        projection = Projection(in_chs, CHANNELS, stride, num_blocks, output_norm(blocks[0]))
+    stage = DGStage(container, plan, engine=run_stage, projection=projection, identity=False, **options)
+    adapt_blocks(stage)
     randomize_graph(randomize(stage))
     with torch.no_grad():
         stage.router0.threshold.uniform_(0.5, 1.5)  # around its edge to block 1, the only one that enters it

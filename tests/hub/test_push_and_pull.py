@@ -6,30 +6,21 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 import dg_timm
-from dg_timm.hub.push import planned_files, push_folder
+from dg_timm._errors import BadValue, UserError
+from dg_timm.hub.downloads import DownloadError
+from dg_timm.hub.planning import planned_files
+from dg_timm.hub.push import PublishError, push_folder
 from tests.helpers.hub import READER, STRANGER, WRITER
-from tests.helpers.networks import FAMILIES, ZOO, randomize, randomize_graph
+from tests.helpers.networks import FAMILIES, ZOO
+from tests.helpers.publishing import logits, pull, small
 
 LABELS = [f"class {k}, 'quoted'" for k in range(10)]
 DATA = dict(input_size=(3, 48, 48), mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation="bilinear", crop_pct=1.0)
 FILES = ("README.md", "config.json", "model.safetensors")
-
-
-def small(name="dg_regnetx_002", **options):
-    return randomize_graph(randomize(timm.create_model(name, num_classes=10, **options)))
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model.eval()(torch.linspace(-1, 1, 2 * 3 * 48 * 48).view(2, 3, 48, 48))
-
-
-def pull(repo_id="lab/net", **options):
-    return timm.create_model(f"hf-hub:{repo_id}", pretrained=True, **options)
 
 
 def asked(hub, method):
@@ -129,7 +120,7 @@ def test_the_same_content_makes_no_commit(hub):
 def test_only_listed_files_are_sent(hub, tmp_path):
     folder = dg_timm.save_pretrained(small(), tmp_path / "model")
     for name in ("optimizer.bin", ".env", "secret.txt", "model.safetensors.tmp"):
-        (folder / name).write_text(f"token {WRITER}")
+        (folder / name).write_text(f"token {WRITER}", encoding="utf-8")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "model.safetensors").write_bytes(b"no")
     push_folder(folder, "lab/net")
@@ -199,10 +190,11 @@ def test_the_published_card_loads_the_network_from_the_hub(hub):
 def test_an_edited_card_is_published_as_it_was_edited(hub, tmp_path):
     folder = dg_timm.save_pretrained(small(), tmp_path / "model")
     card = folder / "README.md"
-    card.write_text(card.read_text().replace("# Model card", "Edited by hand.\n\n# Model card"))
+    text = card.read_text(encoding="utf-8").replace("# Model card", "Edited by hand.\n\n# Model card")
+    card.write_text(text, encoding="utf-8")
     push_folder(folder, "lab/net")
     assert "Edited by hand." in huggingface_hub.ModelCard.load("lab/net").content
-    assert "PATH_OF_THIS_FOLDER" in card.read_text()  # the user's own file is as it was
+    assert "PATH_OF_THIS_FOLDER" in card.read_text(encoding="utf-8")  # the user's own file is as it was
 
 
 # --------------------------------------------------------------------------- refusals
@@ -210,7 +202,7 @@ def test_an_edited_card_is_published_as_it_was_edited(hub, tmp_path):
 
 @pytest.mark.parametrize("repo_id", ["../../etc/passwd", "lab/../net", "lab//net", "a/b/c", "lab/net@main", "net", ""])
 def test_a_repository_id_that_is_none(hub, repo_id):
-    with pytest.raises(ValueError, match=r"is no repository id|names no owner"):
+    with pytest.raises(ValueError, match=r"is not a repository id|names no owner"):
         dg_timm.push_to_hub(small(), repo_id)
     assert not hub.requests
 
@@ -223,7 +215,7 @@ def test_a_revision_that_is_no_branch(hub, revision):
 
 
 def test_a_pull_request_needs_a_repository(hub):
-    with pytest.raises(ValueError, match="lab/typo is not there"):
+    with pytest.raises(ValueError, match="lab/typo does not exist"):
         dg_timm.push_to_hub(small(), "lab/typo", create_pr=True)
 
 
@@ -232,57 +224,64 @@ def test_front_matter_that_the_hub_refuses(hub, tmp_path):
     card = folder / "README.md"
     right = "pipeline_tag: image-classification"
     for spoiled in ("pipeline_tag: nonsense", "model-index: nonsense", "datasets: 5", "base_model: {a: 1}"):
-        text = card.read_text()
-        card.write_text(text.replace(right, spoiled))
-        with pytest.raises((ValueError, HfHubHTTPError)):
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(right, spoiled), encoding="utf-8")
+        with pytest.raises(UserError, match=r"does not accept this card|has no valid front matter"):
             push_folder(folder, "lab/net")
-        card.write_text(text)
+        card.write_text(text, encoding="utf-8")
     assert push_folder(folder, "lab/net").changed
 
 
 @pytest.mark.parametrize(("token", "match"), [(STRANGER, "may not write to lab/net"), (READER, "may not write to lab")])
 def test_a_token_without_the_right(hub, monkeypatch, token, match):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HfHubHTTPError, match=match):
+    with pytest.raises(PublishError, match=match):
         dg_timm.push_to_hub(small(), "lab/net")
 
 
 def test_no_token_and_a_wrong_one(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HfHubHTTPError, match="hf auth login"):
+    with pytest.raises(PublishError, match="hf auth login"):
         dg_timm.push_to_hub(small(), "lab/net")
-    with pytest.raises(HfHubHTTPError, match="hf auth login"):
+    with pytest.raises(PublishError, match="hf auth login"):
         dg_timm.push_to_hub(small(), "lab/net", token="hf_wrong")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "match"),
+    ("name", "content", "match"),
     [
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
-        (
-            lambda f: (f / "config.json").write_text('{"architecture": "resnet18"}'),
-            "'resnet18', which dg_timm does not",
-        ),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5]), "is damaged"),
-        (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), "has no valid front matter"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b""), "should hold the weights model.safe"),
-        (lambda f: (f / "config.json").write_text("[]"), "names the architecture None"),
-        (lambda f: (f / "config.json").write_text('{"architecture": null}'), "names the architecture None"),
-        (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "is no index of shards"),
-        (lambda f: (f / "README.md").write_bytes(b"\xff\xfe"), "has no valid front matter"),
-        (lambda f: (f / "README.md").write_text("# Mine"), "has no front matter"),
-        (
-            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("x_002", "x_004")),
-            "describe",
-        ),
+        ("model.safetensors", None, "has no model.safetensors"),
+        ("config.json", None, "has no config.json"),
+        ("config.json", lambda old: b"{", "config.json is not valid JSON"),
+        ("config.json", lambda old: b'{"architecture": "resnet18"}', "'resnet18', which timm does not know"),
+        ("config.json", lambda old: old.replace(b"dg_regnetx_002", b"dg_convnext_pico"), "dg_timm.models.register"),
+        ("config.json", lambda old: b"[]", "names the architecture None"),
+        ("config.json", lambda old: b'{"architecture": null}', "names the architecture None"),
+        ("config.json", lambda old: old.replace(b"x_002", b"x_004"), "does not describe the network"),
+        ("config.json", lambda old: old.replace(b'"pretrained_cfg"', b'"cfg"'), "does not describe the network"),
+        ("model.safetensors", lambda old: old[:-5], "is damaged"),
+        ("model-00001-of-00002.safetensors", lambda old: b"", "should hold the weights model.safe"),
+        ("model.safetensors.index.json", lambda old: b"{}", "holds both model.safetensors and shards"),
+        ("README.md", lambda old: b"---\n: [\n---\n", "has no valid front matter"),
+        ("README.md", lambda old: b"\xff\xfe", "has no valid front matter"),
+        ("README.md", lambda old: b"# Mine", "has no front matter"),
     ],
 )
-def test_a_folder_that_is_not_sound_is_not_sent(hub, tmp_path, spoil, match):
+def test_a_folder_that_is_not_valid_is_not_sent(hub, tmp_path, name, content, match):
+    file = dg_timm.save_pretrained(small(), tmp_path / "model") / name
+    old = file.read_bytes() if file.exists() else b""
+    file.unlink(missing_ok=True)
+    if content is not None:
+        file.write_bytes(content(old))
+    with pytest.raises(BadValue, match=match):
+        push_folder(file.parent, "lab/net")
+    assert not hub.requests
+
+
+def test_an_index_that_is_not_valid_is_not_sent(hub, tmp_path):
     folder = dg_timm.save_pretrained(small(), tmp_path / "model")
-    spoil(folder)
-    with pytest.raises(ValueError, match=match):
+    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
+    with pytest.raises(BadValue, match="is not a valid index of shards"):
         push_folder(folder, "lab/net")
     assert not hub.requests
 
@@ -297,7 +296,7 @@ def test_planned_files_need_no_hub(tmp_path):
 def test_nothing_cached_and_no_connection(hub, monkeypatch):
     """Of the tags of the zoo the message is ours; of hf-hub: names it is the client's, which asks for a connection."""
     offline(monkeypatch)
-    with pytest.raises(LocalEntryNotFoundError, match=r"timm/resnet18.a1_in1k are not in the cache.*HF_HUB_OFFLINE"):
+    with pytest.raises(DownloadError, match=r"timm/resnet18.a1_in1k are not in the cache.*HF_HUB_OFFLINE"):
         timm.create_model("dg_resnet18.a1_in1k", pretrained=True)
     with pytest.raises(LocalEntryNotFoundError, match="check your connection"):
         pull()
@@ -306,7 +305,7 @@ def test_nothing_cached_and_no_connection(hub, monkeypatch):
 def test_configurations_keep_no_secrets_and_no_num_classes(hub, tmp_path):
     folder = dg_timm.save_pretrained(small(), tmp_path / "model")
     dg_timm.push_to_hub(small(), "lab/net", token=WRITER)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "num_classes" not in config.get("model_args", {})
     assert config["num_classes"] == 10
     for path in (tmp_path / "hub").glob("**/*"):

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "timm_suite" / "run.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(1200)
 def test_timms_own_tests_pass():
     models = ["dg_resnet18", "dg_mobilenetv2_050", "dg_tf_efficientnet_lite0"]
     models += ["dg_regnetx_002", "dg_regnety_002"]
-    process = subprocess.run([sys.executable, str(RUN), *models], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.timm_suite.run", *models]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
     assert " passed" in process.stdout
     assert " failed" not in process.stdout

@@ -1,4 +1,4 @@
-"""timm's contract, for every model because it is in the registry; heavier checks for one model of each family."""
+"""The zoo: its names, tags, weights and options, for every model because it is in the registry."""
 
 import json
 import warnings
@@ -7,30 +7,28 @@ import pytest
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
-from timm.models._manipulate import group_parameters
-from timm.optim import create_optimizer_v2
 
 import dg_timm
+from dg_timm._errors import BadType, BadValue
 from dg_timm.benchmarks.table1 import TABLE_1
-from dg_timm.graph.stage import DGStage, graph_stages, routers
+from dg_timm.graph.stage import DGStage, graph_stages
 from tests.helpers.networks import FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
+from tests.helpers.scripts import python
 
 
 def test_the_zoo_is_the_table():
-    assert len(ZOO) == len(set(dg_timm.models.registry.VARIANTS)) == 28
-    assert {f"dg_{name}" for name in dg_timm.models.registry.VARIANTS} == set(ZOO)
+    assert len(ZOO) == len(set(dg_timm.models.STATIC_MODELS)) == 28
+    assert {f"dg_{name}" for name in dg_timm.models.STATIC_MODELS} == set(ZOO)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_tags_are_timms_and_name_timms_weights(name):
     assert timm.is_model(name)
     static = get_arch_pretrained_cfgs(name.removeprefix("dg_"))
-    trained = [key for key in dg_timm.models.registry.TRAINED if key.partition(".")[0] == name]
+    trained = [key for key in dg_timm.models.BUNDLED if key.partition(".")[0] == name]
     ours = {key: cfg for key, cfg in get_arch_pretrained_cfgs(name).items() if key not in trained}
     if trained:
-        assert timm.get_pretrained_cfg(name).file == str(
-            dg_timm.models.registry.TRAINED[trained[0]] / "model.safetensors"
-        )
+        assert timm.get_pretrained_cfg(name).file == str(dg_timm.models.BUNDLED[trained[0]] / "model.safetensors")
         static = {key: cfg for key, cfg in static.items() if cfg.has_weights}
     assert list(ours) == [f"dg_{key}" for key in static]
     for key, cfg in static.items():
@@ -44,7 +42,7 @@ def test_tags_are_timms_and_name_timms_weights(name):
 @pytest.mark.parametrize("name", TABLE_1)
 def test_parameters_and_multiply_adds_of_table_1(name):
     params, flops = TABLE_1[name]
-    counted = dg_timm.analysis.counting(timm.create_model(f"dg_{name}", device="meta"), (3, 224, 224))
+    counted = dg_timm.complexity(timm.create_model(f"dg_{name}", device="meta"), (3, 224, 224))
     assert counted.params / 1e6 == pytest.approx(params, rel=0.003)
     assert counted.multiply_adds / 1e6 == pytest.approx(flops, rel=0.015)
 
@@ -70,67 +68,6 @@ def test_state_dict_names_are_forever(name):
         for leaf in ("fc.weight", "fc.bias", "scale", "threshold"):
             assert f"{stage}.router{node}.{leaf}" in keys
     assert (f"{stage}.projection.conv.weight" in keys) == (name == "dg_mobilenetv2_050")
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_routers_share_their_blocks_group(name):
-    model = timm.create_model(name, device="meta")
-    static = timm.create_model(name.removeprefix("dg_"), device="meta")
-    for coarse in (False, True):
-        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        wanted = group_parameters(static, static.group_matcher(coarse=coarse), reverse=True)
-        for key, group in wanted.items():
-            assert groups[key] == group, key
-        for stage_name, stage in graph_stages(model).items():
-            for added, block in stage.graph_modules().items():
-                block_group = next(g for key, g in wanted.items() if key.startswith(f"{stage_name}.{block}."))
-                for key in groups:
-                    if key.startswith(f"{stage_name}.{added}."):
-                        assert groups[key] == block_group, key
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_scales_and_thresholds_never_decay(name):
-    model = timm.create_model(name)
-    own = {id(p) for r in routers(model).values() for p in (r.scale, r.threshold)}
-    assert len(model.no_weight_decay()) >= len(own) > 0
-    for options in ({}, {"layer_decay": 0.8}, {"filter_bias_and_bn": False}):
-        optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.1, **options)
-        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
-        assert decayed
-        if "filter_bias_and_bn" not in options:  # without it timm asks no model what not to decay
-            assert not own & decayed
-        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointing_reaches_every_stage_and_changes_nothing(name):
-    _, model = static_and_dynamic(name, num_classes=7)
-    randomize_graph(model, 0.3).train()
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        torch.manual_seed(1)
-        model.set_grad_checkpointing(enable)
-        assert all(stage.grad_checkpointing == enable for stage in graph_stages(model).values())
-        model.zero_grad()
-        out = model(x)
-        out.square().mean().backward()
-        results.append([out, *(p.grad.clone() for p in model.parameters())])
-    for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_init_weights_starts_the_graph_again(name):
-    model = timm.create_model(name)
-    if not hasattr(timm.create_model(name.removeprefix("dg_"), device="meta"), "init_weights"):
-        assert not hasattr(model, "init_weights")
-        return
-    fresh = {key: value.clone() for key, value in model.state_dict().items() if ".router" in key}
-    randomize_graph(model)
-    model.init_weights()
-    for key, value in fresh.items():
-        assert torch.equal(model.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -169,66 +106,6 @@ def test_in_chans_and_num_classes_adapt_as_in_timm(name):
     assert dynamic(x).shape == (1, 4)
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_output_stride(name, output_stride):
-    static, dynamic = static_and_dynamic(name, output_stride=output_stride, num_classes=0, global_pool="")
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(dynamic(x), static(x))
-        assert dynamic(x).shape[-1] == 64 // output_stride
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_out_indices_choose_features(name):
-    model = timm.create_model(name, features_only=True, out_indices=(1, 3)).eval()
-    assert [f.shape[-1] for f in model(torch.randn(1, 3, 64, 64))] == [64 // r for r in model.feature_info.reduction()]
-    assert len(model.feature_info.channels()) == 2
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_drop_path_reaches_the_blocks(name):
-    model = randomize(timm.create_model(name, drop_path_rate=0.5)).train()
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
-    assert max(rates) > 0.3
-    x = torch.randn(8, 3, 64, 64)
-    assert not torch.equal(model(x), model(x))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_compiles_whole_and_once_for_any_batch_content(name):
-    torch._dynamo.reset()
-    _, model = static_and_dynamic(name, num_classes=3)
-    randomize_graph(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-        for _ in range(3):  # fresh images: other edges close
-            x = torch.randn(2, 3, 64, 64)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_scripts_with_closed_edges(name):
-    _, model = static_and_dynamic(name)
-    randomize_graph(model)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        wanted = model(x)
-        scripted = torch.jit.script(model)
-        torch.testing.assert_close(scripted(x), wanted, rtol=1e-4, atol=1e-4)
-        assert any((alpha.triu(1) == 0).sum() > alpha.numel() / 2 for alpha in dg_timm.adjacency(model, x).values())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_exports_with_a_dynamic_batch(name):
-    _, model = static_and_dynamic(name, num_classes=3)
-    randomize_graph(model)
-    x = torch.randn(5, 3, 64, 64)
-    exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with torch.no_grad():
-        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_own_options_survive_save_and_load(name, tmp_path):
     model = timm.create_model(name, edge_scale=False, block_shortcut=False, num_classes=3, in_chans=1)
@@ -240,7 +117,9 @@ def test_own_options_survive_save_and_load(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     timm.models.save_for_hf(model, str(tmp_path / "timm"), safe_serialization=True)  # timm's own way
-    assert json.loads((tmp_path / "timm/config.json").read_text())["model_args"]["block_shortcut"] is False
+    assert (
+        json.loads((tmp_path / "timm/config.json").read_text(encoding="utf-8"))["model_args"]["block_shortcut"] is False
+    )
     with torch.no_grad():
         assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(x), model(x))
 
@@ -291,18 +170,6 @@ def test_static_weights_refuse_options_without_an_identity(options):
             timm.create_model("dg_resnet18", pretrained=True, pretrained_cfg_overlay=overlay, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 3), (1, 2, 3, 64, 64)])
-def test_wrong_images(name, shape):
-    model = timm.create_model(name).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for call in (model, lambda x: dg_timm.adjacency(model, x)):
-        with pytest.raises(ValueError, match="expected images"):
-            call(torch.randn(shape))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
-
-
 def _stage_stds(model, names, x):
     stds = {}
     handles = [
@@ -334,3 +201,54 @@ def test_a_graph_stage_is_where_a_stage_was():
     ]
     assert isinstance(model.layer3, DGStage)
     assert model.layer3[-1] is model.get_submodule("layer3.1")
+
+
+# --------------------------------------------------------------------------- names outside the zoo
+
+
+def test_any_other_timm_model_can_be_registered():
+    """In a process of its own: what is registered stays."""
+    script = """
+import dg_timm, timm, torch
+assert not timm.is_model("dg_convnext_atto")
+dg_timm.models.register("dg_convnext_atto.d2_in1k")
+dg_timm.models.register("dg_convnext_atto")  # a second time changes nothing
+assert timm.get_pretrained_cfg("dg_convnext_atto").hf_hub_id == timm.get_pretrained_cfg("convnext_atto").hf_hub_id
+static = timm.create_model("convnext_atto", num_classes=3).eval()
+weights = dict(state_dict=static.state_dict(), num_classes=3)
+model = timm.create_model("dg_convnext_atto", pretrained=True, pretrained_cfg_overlay=weights, num_classes=3).eval()
+x = torch.randn(1, 3, 64, 64)
+assert torch.equal(model(x), static(x))
+assert len(dg_timm.models.STATIC_MODELS) == 28
+"""
+    process = python("-c", script)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("convnext_atto", BadValue, 'begins with "dg_", got \'convnext_atto\'; give "dg_convnext_atto"'),
+        ("dg_convnxt_atto", BadValue, "timm has no model 'convnxt_atto'; the nearest names are convnext_atto"),
+        ("dg_", BadValue, "timm has no model ''"),
+        ("", BadValue, 'begins with "dg_"'),
+        ("dg_dg_resnet18", BadValue, "dg_resnet18 is a dynamic network, and can't be converted again"),
+        (3, BadType, "name must be a string, got int"),
+    ],
+)
+def test_what_can_not_be_registered(name, error, match):
+    with pytest.raises(error, match=match):
+        dg_timm.models.register(name)
+    dg_timm.models.registry.try_register(name)  # of names that are checked later nothing is said
+    assert not isinstance(name, str) or not timm.is_model(f"dg_{name}")
+
+
+def test_a_zoo_name_is_registered_already():
+    before = timm.list_models("dg_*")
+    dg_timm.models.register("dg_resnet50.a1_in1k")
+    assert timm.list_models("dg_*") == before
+
+
+def test_weights_can_not_be_loaded_loosely():
+    with pytest.raises(BadType, match="pretrained_strict=False would leave parts of the network random"):
+        timm.create_model("dg_resnet18", pretrained_strict=False)

@@ -15,7 +15,7 @@ def built(tmp_path_factory):
     """Build with what is installed (no isolation): the sdist, and from it the wheel."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return out
 
@@ -27,7 +27,7 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     shipped = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dg_timm").rglob("*")
-        if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png")
+        if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png", ".yaml")
     }
     shipped |= {"dg_timm/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == shipped
@@ -48,7 +48,9 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
         "x = torch.randn(1, 3, 64, 64)\n"
         "assert torch.equal(again(x), model(x))\n"
     )
-    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
+    )
     assert process.returncode == 0, process.stderr
 
 
@@ -66,7 +68,9 @@ def test_the_wheel_installs_into_an_empty_environment(built, tmp_path):
         "try:\n    dg_timm.draw_wiring(dg_timm.adjacency(m, torch.randn(1, 3, 64, 64)), 'x.png')\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    process = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [str(python), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
+    )
     assert process.returncode == 0, process.stderr
     assert "['s1', 's2', 's3', 's4']" in process.stdout
     assert "pip install 'dg-timm[plots]'" in process.stdout

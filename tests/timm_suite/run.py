@@ -1,10 +1,10 @@
 """Run timm's own tests/test_models.py, of exactly the installed timm and unedited, on the ``dg_`` models.
 
-    python tests/timm_suite/run.py [MODEL ...] [-- PYTEST_ARGUMENT ...]
+    python -m tests.timm_suite.run [MODEL ...] [-- PYTEST_ARGUMENT ...]
 
 Without a MODEL, all of the registry. No test of these models is left out: the pretrained ones download from a loopback
-server (``tests/loopback_hub``) that stands in for the Hub. timm's timeouts apply; ``TIMEOUT`` (seconds) replaces those
-that it can.
+server (``tests/helpers/loopback_hub``) that stands in for the Hub. timm's timeouts apply; ``TIMEOUT`` (seconds)
+replaces those that it can.
 """
 
 import argparse
@@ -19,12 +19,10 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.helpers.loopback_hub import HubServer, StaticTimmModels
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.helpers.loopback_hub import HubServer, StaticTimmModels  # noqa: E402
-
 CACHE = ROOT / ".cache" / "timm-sdist"
 
 # Variables that change what timm's file selects, what pytest runs of it, or where weights come from
@@ -62,7 +60,6 @@ def main(arguments: list[str]) -> int:
 
 def requested_models(names: list[str]) -> list[str]:
     """Check the names against the registry; all of it if there is none."""
-    sys.path.insert(0, str(ROOT))
     import timm
 
     import dg_timm
@@ -85,7 +82,7 @@ def timm_sdist(release: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f"{release}-", dir=CACHE) as parent:
         fresh = Path(parent, release)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", f"timm=={release}"]
-        pip = subprocess.run([*command, "--dest", str(fresh)], check=False, capture_output=True, text=True)
+        pip = subprocess.run([*command, "--dest", str(fresh)], check=False, capture_output=True, encoding="utf-8")
         if pip.returncode:
             raise SystemExit(
                 f"can't get timm's tests: they are in its sdist only, and 'pip download --no-deps --no-binary timm "

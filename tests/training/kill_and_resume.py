@@ -1,13 +1,13 @@
 """Kill a training for real, at random moments, and check that nothing is lost.
 
-    python tests/kill_and_resume.py                    # ten kills of each kind, two processes
-    python tests/kill_and_resume.py --script detect.py --kills 3
-    python tests/kill_and_resume.py --kills 1 --processes 1
+    python -m tests.training.kill_and_resume                    # ten kills of each kind, two processes
+    python -m tests.training.kill_and_resume --script detect.py --kills 3
+    python -m tests.training.kill_and_resume --kills 1 --processes 1
 
 A run is killed (-9: all processes, one of them, one of them where torchrun then restarts all by itself, or in the midst
-of writing a checkpoint; or asked to stop by SIGTERM)
-and resumed until it ends. Its weights, average, optimizer and random generators must then be, bit for bit, those of
-a run that nobody touched, and every checkpoint that had been reported must be there and sound.
+of writing a checkpoint; or asked to stop by SIGTERM) and resumed until it ends. Its weights, average, optimizer and
+random generators must then be, bit for bit, those of a run that nobody touched, and every checkpoint that had been
+reported must be there and sound.
 """
 
 import argparse
@@ -18,15 +18,14 @@ import random
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from dg_timm.training.run.checkpoints import find_fault, newest_sound
+from dg_timm.training.loop.checkpoints import find_fault, latest_valid
+from tests.helpers.scripts import command, one_thread
 
-ROOT = Path(__file__).parents[2]
-TOPOLOGIES = ("all", "one", "writing", "term", "elastic")
+KINDS = ("all", "one", "writing", "term", "elastic")
 CLASSIFY = (
     "--data digits --train-limit 480 --val-limit 64 --image-size 32 --hflip 0 --model dg_test_resnet --drop 0.1 "
     "--drop-path 0.1 --epochs 3 --batch-size 32 --micro-batch 8 --opt adamw --lr 1e-3 --warmup-epochs 1 --mixup 0.2 "
@@ -41,45 +40,25 @@ DETECT = (
 OPTIONS = {"train.py": shlex.split(CLASSIFY), "detect.py": shlex.split(DETECT)}
 
 
-def command(output: Path, processes: int, restarts: int, script: str) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max_restarts", str(restarts),
-                     "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
-    return [
-        *launcher,
-        str(ROOT / "train_scripts" / script),
-        *OPTIONS[script],
-        "--output",
-        str(output),
-        "--resume",
-        "auto",
-    ]
-
-
 def start(output: Path, processes: int, restarts: int = 0, script: str = "train.py") -> subprocess.Popen[str]:
+    """Start a run, or go on with it; its output goes to a file beside its folder."""
+    words = command(
+        script, *OPTIONS[script], "--output", output, "--resume", "auto", processes=processes, restarts=restarts
+    )
     # restarted ranks otherwise find the addresses of the dead ones in the launcher's store and hang (gloo, torch 2.14)
-    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **fresh_store}
-    with (output.parent / f"{output.name}.log").open("a") as log:
-        return subprocess.Popen(
-            command(output, processes, restarts, script),
-            stdout=log,
-            stderr=log,
-            text=True,
-            env=env,
-            start_new_session=True,
-        )
+    env = one_thread({"HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    with (output.parent / f"{output.name}.log").open("a", encoding="utf-8") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, encoding="utf-8", env=env, start_new_session=True)
 
 
 def trainers(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks: what runs the script and has no such parent but the launcher."""
+    """Find the process ids of the ranks: what runs the script and has no such parent but the launcher."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int((entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
                 group = os.getpgid(int(entry.name))
             except (OSError, ValueError):
                 continue
@@ -90,7 +69,7 @@ def trainers(process: subprocess.Popen[str]) -> list[int]:
 
 
 def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Random) -> str:
-    """Wait for a random moment of training and kill; what was done."""
+    """Wait for a random moment of training and kill; return what was done."""
     deadline = time.monotonic() + 120
     checkpoints = output / "checkpoints"
     while not trainers(process) and process.poll() is None and time.monotonic() < deadline:
@@ -112,7 +91,7 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
     if process.poll() is not None:
         return "ended before it was hit"
     ranks = trainers(process)
-    newest, _ = newest_sound(checkpoints)
+    newest, _ = latest_valid(checkpoints)
     if kind == "one":
         victim = rng.choice(ranks)
         os.kill(victim, signal.SIGKILL)
@@ -132,7 +111,7 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
         process.wait(90)
-    after, _ = newest_sound(checkpoints)
+    after, _ = latest_valid(checkpoints)
     if newest is None or after is None or Path(after).name < Path(newest).name:
         raise SystemExit(f"{kind}: {newest} was lost; the newest is {after}")
     return f"{kind}: killed {len(ranks)} rank(s) with {sorted(p.name for p in checkpoints.glob('update-*'))[-1:]}"
@@ -140,7 +119,7 @@ def kill(process: subprocess.Popen[str], kind: str, output: Path, rng: random.Ra
 
 def state(output: Path, processes: int) -> dict[str, str]:
     """Hashes of what the last checkpoint holds."""
-    hashes: dict[str, str] = json.loads((output / "checkpoints" / "last" / "hashes.json").read_text())
+    hashes: dict[str, str] = json.loads((output / "checkpoints" / "last" / "hashes.json").read_text(encoding="utf-8"))
     kept = ("model.safetensors", "ema/model.safetensors", "optimizer.bin", "schedule.json")
     kept += tuple(f"random_states_{rank}.pkl" for rank in range(processes))
     return {name: hashes[name] for name in kept}
@@ -148,7 +127,7 @@ def state(output: Path, processes: int) -> dict[str, str]:
 
 def finish(output: Path, processes: int, script: str = "train.py") -> None:
     """Let a run end, from the newest sound checkpoint that there is: none may be lost."""
-    newest, _ = newest_sound(output / "checkpoints")
+    newest, _ = latest_valid(output / "checkpoints")
     before = len(log_of(output))
     process = start(output, processes, script=script)
     if process.wait(300) != 0:
@@ -160,14 +139,14 @@ def finish(output: Path, processes: int, script: str = "train.py") -> None:
 
 def log_of(output: Path) -> str:
     log = output.parent / f"{output.name}.log"
-    return log.read_text() if log.exists() else ""
+    return log.read_text(encoding="utf-8") if log.exists() else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=tuple(OPTIONS), default="train.py")
-    parser.add_argument("--kills", type=int, default=10, help="of each kind")
-    parser.add_argument("--kinds", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--kills", type=int, default=10, help="number of kills of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--each", type=int, default=2, help="times that a run is killed before it may end")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dg_timm.training.loop.distributed import Agreement
-from dg_timm.training.loop.trainer import Progress
-from dg_timm.training.run.checkpoints import Checkpoints, find_fault, newest_sound
+from dg_timm._errors import BadState
+from dg_timm.training.loop.checkpoints import Checkpoints, find_fault, latest_valid
+from dg_timm.training.loop.distributed import HostAllReduce
+from dg_timm.training.loop.progress import EpochSums, Progress
 
 
 class Net(torch.nn.Module):
@@ -32,8 +33,8 @@ def setup(folder, keep=2):
     optimizer.step()
     ema = Net()
     checkpoints = Checkpoints(
-        folder, accelerator, Agreement(), model, ema, keep=keep, args={"lr": 0.1},
-        write_config=lambda network, place: (place / "config.json").write_text("{}"),
+        folder, accelerator, HostAllReduce(), model, ema, keep=keep, args={"lr": 0.1},
+        write_config=lambda network, place: (place / "config.json").write_text("{}", encoding="utf-8"),
     )  # fmt: skip
     return checkpoints, model, ema, optimizer
 
@@ -44,7 +45,7 @@ def names(folder: Path) -> list[str]:
 
 def test_everything_comes_back(tmp_path):
     checkpoints, model, ema, optimizer = setup(tmp_path)
-    checkpoints.states["progress"] = progress = Progress(epoch=3, loss_sum=0.1)
+    checkpoints.states["progress"] = progress = Progress(epoch=3, sums=EpochSums(loss=0.1, metrics={"top1": 3.0}))
     place = checkpoints.save("update-00000001", {"images": 64})
     progress.start_epoch()
     drawn = torch.rand(3)
@@ -60,7 +61,8 @@ def test_everything_comes_back(tmp_path):
     assert torch.equal(average, ema.layer.weight)
     assert torch.equal(moment, optimizer.state_dict()["state"][0]["exp_avg"])
     assert torch.equal(drawn, torch.rand(3))  # the random generators, too
-    assert (progress.loss_sum, progress.best_metric) == (0.1, -math.inf)
+    assert progress == Progress(epoch=3, sums=EpochSums(loss=0.1, metrics={"top1": 3.0}))
+    assert progress.best.metric == -math.inf
     assert (place / "ema" / "config.json").exists()
 
 
@@ -79,8 +81,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     ("damage", "fault"),
     [
         (lambda p: (p / "hashes.json").unlink(), "hashes.json is missing"),
-        (lambda p: (p / "hashes.json").write_text("{"), "hashes.json can't be read"),
-        (lambda p: (p / "hashes.json").write_text("[]"), "hashes.json names no file"),
+        (lambda p: (p / "hashes.json").write_text("{", encoding="utf-8"), "hashes.json can't be read"),
+        (lambda p: (p / "hashes.json").write_text("[]", encoding="utf-8"), "hashes.json names no file"),
         (lambda p: (p / "optimizer.bin").unlink(), "optimizer.bin is missing"),
         (
             lambda p: (p / "ema" / "config.json").write_bytes(b"x"),
@@ -92,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage, fault
     checkpoints, *_ = setup(tmp_path)
     first, second = (checkpoints.save(f"update-{k:08d}", None) for k in (1, 2))
     damage(second)
-    place, skipped = newest_sound(tmp_path)
+    place, skipped = latest_valid(tmp_path)
     assert place == str(first)
     assert len(skipped) == 1
     assert skipped[0].startswith(f"{second}: {fault}")
@@ -108,7 +110,7 @@ def test_what_lies_after_the_start_is_set_aside(tmp_path):
     checkpoints.save("update-00000009", None)
     checkpoints.clean(first)
     checkpoints.save("update-00000003", None)
-    assert newest_sound(tmp_path)[0] == str(tmp_path / "update-00000003")
+    assert latest_valid(tmp_path)[0] == str(tmp_path / "update-00000003")
     assert os.readlink(tmp_path / "last") == "update-00000003"
     assert sum(name.startswith("aside-update-00000009") for name in names(tmp_path)) == 1
 
@@ -116,10 +118,10 @@ def test_what_lies_after_the_start_is_set_aside(tmp_path):
 def test_a_sound_checkpoint_is_left_alone(tmp_path):
     checkpoints, model, *_ = setup(tmp_path)
     place = checkpoints.save("update-00000001", None)
-    before = (place / "hashes.json").read_text()
+    before = (place / "hashes.json").read_text(encoding="utf-8")
     torch.nn.init.zeros_(model.layer.weight)
     checkpoints.save("update-00000001", None)
-    assert (place / "hashes.json").read_text() == before
+    assert (place / "hashes.json").read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_write_hashes"])
@@ -130,9 +132,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, faili
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"dg_timm.training.run.checkpoints.{failing}", full)
+    monkeypatch.setattr(f"dg_timm.training.loop.checkpoints.{failing}", full)
     message = r"update-00000002 can't be written .*No space left on device.*the newest one, update-00000001, is intact"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(BadState, match=message):
         checkpoints.save("update-00000002", None)
     assert names(tmp_path) == ["update-00000001"]
     assert find_fault(first) is None
@@ -149,7 +151,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         first = checkpoints.save("update-00000001", None)
         with pytest.raises(OSError, match="No space"):
             (disk / "filler").write_bytes(bytes(200_000))
-        with pytest.raises(OSError, match=r"can't be written .*; the newest one, update-00000001, is intact"):
+        with pytest.raises(BadState, match=r"can't be written .*; the newest one, update-00000001, is intact"):
             checkpoints.save("update-00000002", None)
         assert names(disk) == ["filler", "update-00000001"]
         assert find_fault(first) is None
@@ -177,4 +179,4 @@ def test_no_checkpoint_is_a_pickle_that_runs(tmp_path):
             checkpoints.load(place)
         file.write_bytes(whole)
     assert not (tmp_path / "harmed").exists()
-    assert "optimizer.bin" in json.loads((place / "hashes.json").read_text())
+    assert "optimizer.bin" in json.loads((place / "hashes.json").read_text(encoding="utf-8"))

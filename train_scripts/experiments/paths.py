@@ -1,10 +1,9 @@
-"""What the wiring does: how much of a dynamic network runs for which images of CIFAR-10.
+"""Which paths images take: how much of a dynamic network runs for which images of CIFAR-10.
 
 ``--help`` has the options; the code is :mod:`dg_timm.experiments.paths`.
 """
 
 from dg_timm.experiments.paths import main
-from dg_timm.experiments.runner import guarded
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(main())

@@ -4,7 +4,6 @@
 """
 
 from dg_timm.experiments.randwire_cost import main
-from dg_timm.experiments.runner import guarded
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Detection data sets: annotations, which are checked when they are read, and the batches made of them."""

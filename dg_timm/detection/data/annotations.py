@@ -1,89 +1,123 @@
 """Both splits of a detection data set, whatever its format."""
 
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple
 
+from dg_timm._errors import BadValue
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
-from dg_timm.detection.data.coco import annotation_file, annotation_files, beside, read_coco
-from dg_timm.detection.data.columns import Table, open_tables, table_categories
+from dg_timm.detection.data.coco import annotation_file, annotation_files, found_files_hint, read_coco
+from dg_timm.detection.data.columns import ColumnTable, open_tables, table_categories
 from dg_timm.training.data.sources import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
+
+
+class DataOptions(NamedTuple):
+    """How a detection data set is read.
+
+    Attributes:
+        val_source: another data set to evaluate on; by default a split of the first one.
+        train_split: name of the split to train on; by default train.
+        val_split: name of the split to evaluate on; by default validation, or else test.
+        train_annotations: COCO file to train on, if its name is not ``instances_SPLIT.json``.
+        val_annotations: COCO file to evaluate on, likewise.
+        image_folder: folder of a COCO data set's images; by default the usual places are searched.
+        box_format: how boxes in a column of objects are written: ``coco`` [left, top, width, height] or ``voc``
+            [left, top, right, bottom], both in pixels, or ``yolo`` [center x, center y, width, height] as fractions
+            of the image.
+        drop_bad_boxes: leave out boxes of zero size and boxes outside their image, instead of refusing them.
+        skip_empty: leave images without boxes out of training.
+    """
+
+    val_source: str | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    train_annotations: str | None = None
+    val_annotations: str | None = None
+    image_folder: str | None = None
+    box_format: str = "coco"
+    drop_bad_boxes: bool = False
+    skip_empty: bool = False
 
 
 def load_detection(
     source: str,
+    options: DataOptions = DataOptions(),  # noqa: B008 (immutable)
     *,
-    val_source: Optional[str] = None,
-    train_split: Optional[str] = None,
-    val_split: Optional[str] = None,
-    train_annotations: Optional[str] = None,
-    val_annotations: Optional[str] = None,
-    image_folder: Optional[str] = None,
-    box_format: str = "coco",
-    drop_bad_boxes: bool = False,
-    skip_empty: bool = False,
-    known: Optional[Categories] = None,
+    known: Categories | None = None,
 ) -> DetectionSplits:
-    """Load a detection data set.
+    """Load a detection data set; no image is decoded.
 
     Args:
-        source: ``digits``, pages of scikit-learn's handwritten digits; a folder with images and COCO annotation files
-            (``instances_train.json``, ``annotations/instances_train2017.json``, ``train/_annotations.coco.json``); or
-            what :mod:`dg_timm.training.data.sources` opens (the Hub, Parquet, ``save_to_disk``), with a column of images and
-            one of ``objects`` (``bbox`` and ``category``).
-        val_source: another one to evaluate on.
-        train_split, val_split: by default train, and validation or else test.
-        train_annotations, val_annotations: COCO files, where their names are others.
-        image_folder: of a COCO data set; by default it is looked for.
-        box_format: of data sets with ``objects``: ``coco`` [left, top, width, height], ``voc`` [left, top, right,
-            bottom], both in pixels, or ``yolo`` [centre x, centre y, width, height] as parts of the image.
-        drop_bad_boxes: leave out boxes of zero size and those outside their image, instead of refusing them.
-        skip_empty: leave out images without boxes from training.
-        known: the categories of a detector that is to be evaluated; nothing is then loaded to train on.
+        source: ``digits``: pages of scikit-learn's handwritten digits. A folder with images and COCO annotation files
+            (``instances_train.json``, ``annotations/instances_train2017.json``, ``train/_annotations.coco.json``). Or
+            what :mod:`dg_timm.training.data.sources` opens (the Hub, Parquet, ``save_to_disk``), with a column of
+            images and one of ``objects`` (``bbox`` and ``category``).
+        options: which splits and files to read, and how.
+        known: the classes of a detector that is to be evaluated; nothing is then loaded to train on.
 
     Raises:
-        FileNotFoundError: naming a folder, an annotation file or an image that is not there.
-        ValueError: naming what is empty, malformed, unknown, or a box that can't be one.
+        BadValue: a folder, an annotation file or an image does not exist; something is empty, malformed or unknown;
+            or a box is bad.
     """
-    folder = Path(source).expanduser()
-    other = Path(val_source).expanduser() if val_source else folder
-    train = DetectionSplit([], f"nothing of {source}")
-    if any(annotation_files(place) for place in (folder, other)) or train_annotations or val_annotations:
-        if known is None:
-            train_file = annotation_file(folder, train_split, TRAIN_SPLITS, train_annotations)
-            if train_file is None:
-                what = train_split or "train"
-                raise FileNotFoundError(
-                    f"{folder} has no annotation file for {what}{beside(folder)}; name it with --train-annotations, "
-                    "or its split with --train-split"
-                )
-            train, known = read_coco(train_file, folder, image_folder, drop_bad_boxes)
-        val_file = annotation_file(other, val_split, HELD_OUT_SPLITS, val_annotations)
-        if val_file is None:
-            raise FileNotFoundError(
-                f"{other} has no annotation file to evaluate on{beside(other)}; name it with --val-annotations, or "
-                "its split with --val-split"
-            )
-        test, theirs = read_coco(val_file, other, image_folder, drop_bad_boxes)
+    places = [Path(place).expanduser() for place in (source, options.val_source or source)]
+    named = options.train_annotations or options.val_annotations
+    if named or any(annotation_files(place) for place in places):
+        splits, test_categories = _load_coco(places[0], places[1], options, known)
     else:
-        parts = open_tables(source)
-        others = open_tables(val_source) if val_source else parts
-        val_rows = pick_split(others, val_split, HELD_OUT_SPLITS, val_source or source, "--val-split")
-        if val_rows is None:
-            raise ValueError(f"{val_source or source} has the splits {', '.join(others)}; choose one with --val-split")
-        val_table = Table(val_rows, f"the evaluation split of {val_source or source}")
-        if known is None:
-            train_rows = pick_split(parts, train_split, TRAIN_SPLITS, source, "--train-split")
-            if train_rows is None:
-                raise ValueError(f"{source} has the splits {', '.join(parts)}; choose one with --train-split")
-            train_table = Table(train_rows, f"the training split of {source}")
-            known, theirs = table_categories(train_table, val_table)
-            train = train_table.read(known, box_format, drop_bad_boxes)
-        else:
-            names = val_table.class_names
-            theirs = known if names is None else Categories(names, list(range(len(names))))
-        test = val_table.read(theirs, box_format, drop_bad_boxes)
-    if theirs != known:
-        raise ValueError(f"the categories to evaluate on, {theirs.by_id}, are not {known.by_id}")
-    if skip_empty:
-        train = train._replace(rows=[row for row in train.rows if not row.crowd.all()])
-    return DetectionSplits(train, test, known)
+        splits, test_categories = _load_tables(source, options, known)
+    if test_categories != splits.categories:
+        raise BadValue(f"the categories to evaluate on, {test_categories.by_id}, are not {splits.categories.by_id}")
+    if options.skip_empty:
+        kept = [row for row in splits.train.rows if not row.crowd.all()]
+        splits = splits._replace(train=splits.train._replace(rows=kept))
+    return splits
+
+
+def _load_coco(
+    folder: Path, val_folder: Path, options: DataOptions, known: Categories | None
+) -> tuple[DetectionSplits, Categories]:
+    """Both splits, and the categories of the one to evaluate on."""
+    train = _no_rows(str(folder))
+    if known is None:
+        file = annotation_file(folder, options.train_split, TRAIN_SPLITS, options.train_annotations)
+        if file is None:
+            raise BadValue(
+                f"{folder} has no annotation file for {options.train_split or 'train'}{found_files_hint(folder)}; name "
+                "it with --train-annotations, or its split with --train-split"
+            )
+        train, known = read_coco(file, folder, options.image_folder, options.drop_bad_boxes)
+    file = annotation_file(val_folder, options.val_split, HELD_OUT_SPLITS, options.val_annotations)
+    if file is None:
+        raise BadValue(
+            f"{val_folder} has no annotation file to evaluate on{found_files_hint(val_folder)}; name it with "
+            "--val-annotations, or its split with --val-split"
+        )
+    test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes)
+    return DetectionSplits(train, test, known), test_categories
+
+
+def _load_tables(source: str, options: DataOptions, known: Categories | None) -> tuple[DetectionSplits, Categories]:
+    """Both splits, and the categories of the one to evaluate on."""
+    val_source = options.val_source or source
+    parts = open_tables(source)
+    val_parts = open_tables(val_source) if options.val_source else parts
+    rows = pick_split(val_parts, options.val_split, HELD_OUT_SPLITS, val_source, "--val-split")
+    if rows is None:
+        raise BadValue(f"{val_source} has the splits {', '.join(val_parts)}; choose one with --val-split")
+    val_table = ColumnTable(rows, f"the evaluation split of {val_source}")
+    train = _no_rows(source)
+    if known is None:
+        rows = pick_split(parts, options.train_split, TRAIN_SPLITS, source, "--train-split")
+        if rows is None:
+            raise BadValue(f"{source} has the splits {', '.join(parts)}; choose one with --train-split")
+        train_table = ColumnTable(rows, f"the training split of {source}")
+        known, test_categories = table_categories(train_table, val_table)
+        train = train_table.read(known, options.box_format, options.drop_bad_boxes)
+    else:
+        names = val_table.class_names
+        test_categories = known if names is None else Categories(names, list(range(len(names))))
+    test = val_table.read(test_categories, options.box_format, options.drop_bad_boxes)
+    return DetectionSplits(train, test, known), test_categories
+
+
+def _no_rows(source: str) -> DetectionSplit:
+    return DetectionSplit([], f"nothing of {source}")

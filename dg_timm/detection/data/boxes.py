@@ -1,41 +1,50 @@
-"""Images and their boxes, as every source gives them; every box is checked once, here."""
+"""Annotated images, as every source of data gives them; each box is checked once, here."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dg_timm._errors import BadValue
+
 BOX_FORMATS = ("coco", "voc", "yolo")
-SLACK = 1.0  # pixels by which rounding may take a box over the edge; it is clipped
+SLACK_PIXELS = 1.0  # rounding may take a box this far over the edge of its image; it is clipped
+_MAX_BOXES_SHOWN = 8
 
 
 class Categories(NamedTuple):
-    """The classes: ``names[k]`` and the data set's own ``ids[k]`` are those of label k + 1; label 0 is background."""
+    """The classes of a data set. Label k + 1 stands for the k-th one; label 0 is the background.
+
+    Attributes:
+        names: the name of each class.
+        ids: the number that the data set itself gives each class; numbers may be missing.
+    """
 
     names: list[str]
     ids: list[int]
 
     @property
     def by_id(self) -> dict[int, str]:
+        """The names of the classes by the data set's own numbers."""
         return dict(zip(self.ids, self.names, strict=True))
 
 
-class Annotated(NamedTuple):
-    """An image and its boxes.
+class ImageAnnotations(NamedTuple):
+    """What is known of one image, which is decoded later.
 
     Attributes:
-        image_id: the data set's own.
-        place: path of the file, or the row in ``DetectionSplit.table``.
+        image_id: the data set's own name or number of the image.
+        source: path of the image file, or the image's row in ``DetectionSplit.table``.
         size: (height, width) in pixels.
         boxes: (n, 4) float32, [left, top, right, bottom] in pixels; n may be 0.
         labels: (n,) int64, from 1 on.
-        area: (n,) float32, square pixels, by which COCO tells small from large.
-        crowd: (n,) bool: a group, which is not learned and whose detection is neither right nor wrong.
+        area: (n,) float32, square pixels; COCO's metrics tell small objects from large ones by it.
+        crowd: (n,) bool. A crowd is a group of objects: it is not learned, and detecting it is neither right nor wrong.
     """
 
     image_id: Any
-    place: Any
+    source: Any
     size: tuple[int, int]
     boxes: np.ndarray
     labels: np.ndarray
@@ -44,35 +53,53 @@ class Annotated(NamedTuple):
 
 
 class DetectionSplit(NamedTuple):
-    """One split: ``rows`` of :class:`Annotated`; ``table`` holds undecoded images where they are not files."""
+    """One split of a data set.
 
-    rows: list[Annotated]
+    Attributes:
+        rows: the annotations of each image.
+        name: how messages call the split.
+        table: the undecoded images, in a column ``image``; None where images are files.
+        dropped: how many bad boxes were left out.
+        streamed: always False: detection reads all annotations before it starts.
+    """
+
+    rows: list[ImageAnnotations]
     name: str
     table: Any = None
-    dropped: int = 0  # bad boxes that were left out
+    dropped: int = 0
     streamed: bool = False
 
     @property
     def size(self) -> int:
+        """The number of images."""
         return len(self.rows)
 
     @property
     def boxes(self) -> int:
-        """Those that are learned, or to be found: no crowds."""
+        """The number of boxes that are learned, or to be found: all but crowds."""
         return sum(int((~row.crowd).sum()) for row in self.rows)
 
-    def choose(self, rows: Sequence[int]) -> "DetectionSplit":
+    def select(self, rows: Sequence[int]) -> "DetectionSplit":
+        """The same split with these images only."""
         return self._replace(rows=[self.rows[row] for row in rows])
 
 
 class DetectionSplits(NamedTuple):
+    """Both splits of a data set, and the classes of their boxes."""
+
     train: DetectionSplit
     test: DetectionSplit
     categories: Categories
 
 
 def to_corners(box: Sequence[float], box_format: str, size: tuple[int, int]) -> list[float]:
-    """A box in one of ``BOX_FORMATS`` as [left, top, right, bottom] in pixels; ``size`` is (height, width)."""
+    """Convert a box from one of ``BOX_FORMATS`` to [left, top, right, bottom] in pixels.
+
+    Args:
+        box: ``coco``: [left, top, width, height] in pixels; ``voc``: [left, top, right, bottom] in pixels;
+            ``yolo``: [center x, center y, width, height] as fractions of the image.
+        size: (height, width) of the image in pixels.
+    """
     a, b, c, d = box
     if box_format == "coco":
         return [a, b, a + c, b + d]
@@ -82,18 +109,30 @@ def to_corners(box: Sequence[float], box_format: str, size: tuple[int, int]) -> 
     return [(a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height]
 
 
-class Checks:
-    """Boxes of one file: bad ones are collected, then refused together, or counted."""
+class BoxValidator:
+    """Checks the boxes of one split. Bad ones are collected, then refused together, or counted.
+
+    Args:
+        name: how messages call the split.
+        drop: leave bad boxes out instead of refusing them.
+    """
 
     def __init__(self, name: str, drop: bool) -> None:
         self.name, self.drop = name, drop
         self.bad: list[str] = []
 
-    def box(self, given: Any, box_format: str, size: tuple[int, int], where: str) -> Optional[list[float]]:
-        """The box's corners, clipped to the image; None if it can't be one."""
+    def check(self, given: Any, box_format: str, size: tuple[int, int], where: str) -> list[float] | None:
+        """Return a box as [left, top, right, bottom] in pixels, clipped to its image; None if it is bad.
+
+        Args:
+            given: what the data set has as a box.
+            box_format: one of ``BOX_FORMATS``.
+            size: (height, width) of the image in pixels.
+            where: how messages call the box.
+        """
         try:
             numbers = [float(value) for value in given]
-            # as they are stored: what is thin enough may vanish in float32
+            # checked in the precision in which boxes are kept: a very thin box may vanish in float32
             corners = [float(value) for value in np.asarray(to_corners(numbers, box_format, size), dtype=np.float32)]
         except (TypeError, ValueError):
             return self._refuse(f"{where} has the box {given!r}, which is not four numbers")
@@ -101,38 +140,43 @@ class Checks:
         left, top, right, bottom = corners
         if not all(math.isfinite(value) for value in corners) or right <= left or bottom <= top:
             return self._refuse(f"{where} has the box {numbers}, of zero or negative size")
-        if left < -SLACK or top < -SLACK or right > width + SLACK or bottom > height + SLACK:
+        clipped = [max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)]
+        moved = max(abs(before - after) for before, after in zip(corners, clipped, strict=True))
+        if moved > SLACK_PIXELS or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             return self._refuse(f"{where} has the box {numbers}, outside its image of {width} x {height}")
-        left, top, right, bottom = max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)
-        if right <= left or bottom <= top:
-            return self._refuse(f"{where} has the box {numbers}, outside its image of {width} x {height}")
-        return [left, top, right, bottom]
+        return clipped
 
-    def _refuse(self, line: str) -> Optional[list[float]]:
+    def _refuse(self, line: str) -> list[float] | None:
         self.bad.append(line)
         return None
 
     def finish(self) -> int:
-        """How many were left out; ValueError if that was not asked for."""
+        """Return how many bad boxes were left out.
+
+        Raises:
+            BadValue: there are bad boxes, and ``drop`` is False; the message names the first ones.
+        """
         if self.bad and not self.drop:
-            lines = "\n  ".join(self.bad[:8])
-            raise ValueError(
+            lines = "\n  ".join(self.bad[:_MAX_BOXES_SHOWN])
+            raise BadValue(
                 f"{self.name} has {len(self.bad)} bad boxes (--drop-bad-boxes leaves them out):\n  {lines}"
-                + ("\n  ..." if len(self.bad) > 8 else "")
+                + ("\n  ..." if len(self.bad) > _MAX_BOXES_SHOWN else "")
             )
         return len(self.bad)
 
 
-def area_of(box: Sequence[float]) -> float:
+def box_area(box: Sequence[float]) -> float:
+    """The area of a box [left, top, right, bottom], in square pixels."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def annotated(
-    image_id: Any, place: Any, size: tuple[int, int], boxes: Any, labels: Any, areas: Any, crowds: Any
-) -> Annotated:
-    return Annotated(
+def make_annotations(
+    image_id: Any, source: Any, size: tuple[int, int], boxes: Any, labels: Any, areas: Any, crowds: Any
+) -> ImageAnnotations:
+    """Build :class:`ImageAnnotations` from lists, which may be empty."""
+    return ImageAnnotations(
         image_id,
-        place,
+        source,
         size,
         np.asarray(boxes, dtype=np.float32).reshape(-1, 4),
         np.asarray(labels, dtype=np.int64),

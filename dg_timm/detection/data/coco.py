@@ -3,17 +3,38 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from dg_timm.detection.data.boxes import Categories, Checks, DetectionSplit, annotated, area_of
+from dg_timm._errors import BadValue
+from dg_timm.detection.data.boxes import (
+    BoxValidator,
+    Categories,
+    DetectionSplit,
+    ImageAnnotations,
+    box_area,
+    make_annotations,
+)
+
+_NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of save_to_disk
+_MAX_FILES_SHOWN = 8
 
 
-def annotation_file(folder: Path, split: Optional[str], usual: Sequence[str], given: Optional[str]) -> Optional[Path]:
+def annotation_file(folder: Path, split: str | None, usual: Sequence[str], given: str | None) -> Path | None:
+    """Find the annotation file of a split; None if there is none.
+
+    Args:
+        folder: the folder of the data set.
+        split: the name of the split; None takes the first of ``usual`` that has a file.
+        given: a file that the user named, as a path or as a name in ``folder``; it wins.
+
+    Raises:
+        BadValue: ``given`` does not exist.
+    """
     if given is not None:
         file = Path(given).expanduser()
         file = file if file.is_file() else folder / given
         if not file.is_file():
-            raise FileNotFoundError(f"there is no annotation file {given}, nor {folder / given}{beside(folder)}")
+            raise BadValue(f"no such annotation file: {given}, nor {folder / given}{found_files_hint(folder)}")
         return file
     for name in [split] if split else usual:
         for pattern in (f"instances_{name}.json", f"instances_{name}20*.json", f"{name}.json",
@@ -26,110 +47,141 @@ def annotation_file(folder: Path, split: Optional[str], usual: Sequence[str], gi
 
 
 def annotation_files(folder: Path) -> list[str]:
-    """JSON files in a folder, but for those of ``save_to_disk``: it is a COCO data set if it has any."""
-    others = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-    if not folder.is_dir() or (folder / others[0]).exists() or (folder / others[1]).exists():
+    """List the JSON files of a folder that may be annotations: with any, the folder is a COCO data set."""
+    saved = any((folder / name).exists() for name in _NOT_ANNOTATIONS[:2])
+    if not folder.is_dir() or saved:
         return []
     found = [*folder.glob("*.json"), *folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")]
-    return sorted(str(file.relative_to(folder)) for file in found if file.name not in others)
+    return sorted(str(file.relative_to(folder)) for file in found if file.name not in _NOT_ANNOTATIONS)
 
 
-def beside(folder: Path) -> str:
-    found = annotation_files(folder)[:8]
+def found_files_hint(folder: Path) -> str:
+    """A remark for messages: which annotation files the folder has; empty if it has none."""
+    found = annotation_files(folder)[:_MAX_FILES_SHOWN]
     return f" (there are {', '.join(found)})" if found else ""
 
 
-def read_coco(file: Path, folder: Path, image_folder: Optional[str], drop: bool) -> tuple[DetectionSplit, Categories]:
+def read_coco(file: Path, folder: Path, image_folder: str | None, drop: bool) -> tuple[DetectionSplit, Categories]:
+    """Read a COCO annotation file; no image is decoded, but each must exist.
+
+    Args:
+        file: the annotation file.
+        folder: the folder of the data set, in which images are looked for.
+        image_folder: where images are, if not in one of the usual places.
+        drop: leave bad boxes out instead of refusing them.
+
+    Raises:
+        BadValue: the file is empty, not valid JSON or not COCO's format, has bad boxes, or names a missing image.
+    """
     content = _parse(file)
-    categories = _coco_categories(content["categories"], file)
-    label_of = {category: label for label, category in enumerate(categories.ids, start=1)}
-    images: dict[Any, Any] = {}
-    for image in content["images"]:
-        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
-            raise ValueError(f"an image of {file} has no id: {image!r}")
-        for key, kind in (("file_name", str), ("width", int), ("height", int)):
-            if not isinstance(image.get(key), kind) or not image[key]:
-                raise ValueError(f"image {image['id']} of {file} has the {key} {image.get(key)!r}")
-        if image["id"] in images:
-            raise ValueError(f"{file} has two images with the id {image['id']}")
-        images[image["id"]] = image
-    of_image: dict[Any, list[Any]] = {key: [] for key in images}
-    for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            raise ValueError(f"an annotation of {file} is {annotation!r}")
-        owner = annotation.get("image_id")
-        if not isinstance(owner, (int, str)) or owner not in of_image:
-            raise ValueError(
-                f"annotation {annotation.get('id')} of {file} is of image {owner!r}, which is not among its images"
-            )
-        of_image[owner].append(annotation)
+    categories = _categories(content["categories"], file)
+    images = _images_by_id(content["images"], file)
+    annotations = _annotations_by_image(content["annotations"], images, file)
     root = _image_root(file, folder, image_folder, [image["file_name"] for image in images.values()])
-    checks = Checks(file.name, drop)
-    rows = []
-    for key, image in images.items():
-        size = (image["height"], image["width"])
-        boxes, areas, labels, crowds = [], [], [], []
-        for annotation in of_image[key]:
-            where = f"annotation {annotation.get('id')} of image {key} ({image['file_name']})"
-            category, area = annotation.get("category_id"), annotation.get("area")
-            label = label_of.get(category) if isinstance(category, int) else None
-            if label is None:
-                raise ValueError(
-                    f"{where} in {file} has the category id {category!r}; the categories of the file are "
-                    f"{categories.by_id}"
-                )
-            if area is not None and not isinstance(area, (int, float)):
-                raise ValueError(f"{where} in {file} has the area {area!r}")
-            box = checks.box(annotation.get("bbox"), "coco", size, where)
-            if box is not None:
-                boxes.append(box)
-                areas.append(area or area_of(box))
-                labels.append(label)
-                crowds.append(bool(annotation.get("iscrowd", 0)))
-        rows.append(annotated(key, str(root / image["file_name"]), size, boxes, labels, areas, crowds))
-    return DetectionSplit(rows, f"{file.name} of {folder}", dropped=checks.finish()), categories
+    reader = _Reader(file, categories, drop)
+    rows = [reader.annotate(image, annotations[key], str(root / image["file_name"])) for key, image in images.items()]
+    return DetectionSplit(rows, f"{file.name} of {folder}", dropped=reader.validator.finish()), categories
 
 
 def _parse(file: Path) -> Any:
     if file.stat().st_size == 0:
-        raise ValueError(f"the annotation file {file} is empty")
+        raise BadValue(f"the annotation file {file} is empty")
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"the annotation file {file} is no JSON: {error}") from error
+        raise BadValue(f"the annotation file {file} is not valid JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{file} is no COCO annotation file: it has no list of {key}")
+            raise BadValue(f"{file} is not a COCO annotation file: it has no list of {key}")
     for key in ("images", "categories"):
         if not content[key]:
-            raise ValueError(f"the annotation file {file} has no {key}")
+            raise BadValue(f"the annotation file {file} has no {key}")
     return content
 
 
-def _coco_categories(listed: list[Any], file: Path) -> Categories:
+def _categories(listed: list[Any], file: Path) -> Categories:
     try:
         by_id = {int(category["id"]): str(category["name"]) for category in listed}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"a category of {file} has no id or name: {listed}") from error
+        raise BadValue(f"a category of {file} has no id or name: {listed}") from error
     if len(by_id) != len(listed):
-        raise ValueError(f"two categories of {file} have one id: {listed}")
+        raise BadValue(f"two categories of {file} have the same id: {listed}")
     return Categories([by_id[key] for key in sorted(by_id)], sorted(by_id))
 
 
-def _image_root(file: Path, folder: Path, given: Optional[str], names: list[str]) -> Path:
+def _images_by_id(listed: list[Any], file: Path) -> dict[Any, Any]:
+    images: dict[Any, Any] = {}
+    for image in listed:
+        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
+            raise BadValue(f"an image of {file} has no id: {image!r}")
+        for key, kind in (("file_name", str), ("width", int), ("height", int)):
+            if not isinstance(image.get(key), kind) or not image[key]:
+                raise BadValue(f"image {image['id']} of {file} has the {key} {image.get(key)!r}")
+        if image["id"] in images:
+            raise BadValue(f"{file} has two images with the id {image['id']}")
+        images[image["id"]] = image
+    return images
+
+
+def _annotations_by_image(listed: list[Any], images: dict[Any, Any], file: Path) -> dict[Any, list[Any]]:
+    by_image: dict[Any, list[Any]] = {key: [] for key in images}
+    for annotation in listed:
+        if not isinstance(annotation, dict):
+            raise BadValue(f"an annotation of {file} is {annotation!r}")
+        owner = annotation.get("image_id")
+        if not isinstance(owner, (int, str)) or owner not in by_image:
+            raise BadValue(
+                f"annotation {annotation.get('id')} of {file} belongs to image {owner!r}, which is not among its images"
+            )
+        by_image[owner].append(annotation)
+    return by_image
+
+
+class _Reader:
+    """Turns the annotations of one file into :class:`ImageAnnotations`, image by image."""
+
+    def __init__(self, file: Path, categories: Categories, drop: bool) -> None:
+        self.file, self.categories, self.validator = file, categories, BoxValidator(file.name, drop)
+        self.label_of = {category: label for label, category in enumerate(categories.ids, start=1)}
+
+    def annotate(self, image: dict[str, Any], annotations: list[Any], path: str) -> ImageAnnotations:
+        size = (image["height"], image["width"])
+        boxes, areas, labels, crowds = [], [], [], []
+        for annotation in annotations:
+            where = f"annotation {annotation.get('id')} of image {image['id']} ({image['file_name']})"
+            category, area = annotation.get("category_id"), annotation.get("area")
+            label = self.label_of.get(category) if isinstance(category, int) else None
+            if label is None:
+                raise BadValue(
+                    f"{where} in {self.file} has the category id {category!r}; the categories of the file are "
+                    f"{self.categories.by_id}"
+                )
+            if area is not None and not isinstance(area, (int, float)):
+                raise BadValue(f"{where} in {self.file} has the area {area!r}")
+            box = self.validator.check(annotation.get("bbox"), "coco", size, where)
+            if box is not None:
+                boxes.append(box)
+                areas.append(area or box_area(box))
+                labels.append(label)
+                crowds.append(bool(annotation.get("iscrowd", 0)))
+        return make_annotations(image["id"], path, size, boxes, labels, areas, crowds)
+
+
+def _image_root(file: Path, folder: Path, given: str | None, names: list[str]) -> Path:
     stem = file.stem.removeprefix("instances_")
     places = [folder / "images", folder / "images" / stem, folder / stem, file.parent, folder]
     if given is not None:
         places = [place for root in (Path(given).expanduser(), folder / given) for place in (root, root / stem)]
     root = next((place for place in places if (place / names[0]).is_file()), None)
     if root is None:
-        raise FileNotFoundError(
-            f"image {names[0]} of {file} is in none of {', '.join(map(str, dict.fromkeys(places)))}; say where images "
-            "are with --image-folder"
+        raise BadValue(
+            f"image {names[0]} of {file} is in none of {', '.join(map(str, dict.fromkeys(places)))}; name the folder "
+            "of the images with --image-folder"
         )
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} images of {file} are not in {root}: {', '.join(missing[:8])}"
+        raise BadValue(
+            f"{len(missing)} of {len(names)} images of {file} are not in {root}: "
+            f"{', '.join(missing[:_MAX_FILES_SHOWN])}"
         )
     return root

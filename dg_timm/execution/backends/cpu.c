@@ -1,4 +1,4 @@
-// Aggregation on CPUs (paper Eq. 3 and its gradient) and the routers' pooling (Eq. 4), compiled once by cpu_kernels.py; dg_timm/graph.py is the reference.
+// Aggregation on CPUs (paper Eq. 3 and its gradient) and the routers' pooling (Eq. 4), compiled once by cpu.py; dg_timm/graph/edges.py is the reference.
 //
 // A map of one image is a run of `len` numbers in memory, whatever its layout. Every sum runs over pieces that fit the
 // first cache, four sources at a time, in the order of the sources and with fused multiply-adds: bit for bit what
@@ -117,8 +117,15 @@ static void NAME(piece)(NUMBER *restrict out, int64_t n, const NUMBER *const *x,
     EACH out[k] = STORE(sum[k]);
 }
 
+// <g, x> over what is finite of x. A closed edge learns from what is behind it, and not from what is no number.
+static double NAME(finite_dot)(const NUMBER *g, const NUMBER *x, int64_t len) {
+    double dot = 0;
+    EACH if (isfinite((double)LOAD(x[k]))) dot += (double)LOAD(g[k]) * LOAD(x[k]);
+    return dot;
+}
+
 // As piece, and dot[j] = <g[j], x> on the way, for which sources of weight 0 are read, too.
-static void NAME(piece_and_dots)(NUMBER *restrict out, double *dot, int64_t n, const NUMBER *const *g, int64_t from, const SUM *w, const NUMBER *x, int64_t len) {
+static void NAME(sum_and_dots)(NUMBER *restrict out, double *dot, int64_t n, const NUMBER *const *g, int64_t from, const SUM *w, const NUMBER *x, int64_t len) {
     SUM sum[PIECE];
     memset(sum, 0, sizeof(SUM) * len);
     int64_t j = 0;
@@ -147,8 +154,20 @@ static void NAME(piece_and_dots)(NUMBER *restrict out, double *dot, int64_t n, c
     if (out) EACH out[k] = STORE(sum[k]);
 }
 
+// As above; where the weight is 0 and something is no number, once more with care: sources of weight 0 leave no trace.
+static void NAME(piece_and_dots)(NUMBER *restrict out, double *dot, int64_t n, const NUMBER *const *g, int64_t from, const SUM *w, const NUMBER *x, int64_t len) {
+    int again = 0;
+    NAME(sum_and_dots)(out, dot, n, g, from, w, x, len);
+    for (int64_t j = 0; j < n; j++)
+        if (w[j] == 0 && !isfinite(dot[j])) {
+            dot[j] = NAME(finite_dot)(g[j] + from, x, len);
+            again = 1;
+        }
+    if (again && out) NAME(piece)(out, n, g, from, w, len);
+}
+
 // out[b] = sum_i weights[b, i] x[i][b]; x: n bases of (batch, len), weights: (batch, n), out: (batch, len).
-void NAME(gather)(NUMBER *out, const NUMBER *const *x, const SUM *weights, int64_t batch, int64_t n, int64_t len, int threads) {
+void NAME(weighted_sum)(NUMBER *out, const NUMBER *const *x, const SUM *weights, int64_t batch, int64_t n, int64_t len, int threads) {
     int64_t pieces = (len + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < batch * pieces; task++) {
@@ -158,7 +177,7 @@ void NAME(gather)(NUMBER *out, const NUMBER *const *x, const SUM *weights, int64
 }
 
 // The mean of every channel: out (batch, channels), x (batch, channels, size), or (batch, size, channels) if channels_last.
-void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, int64_t size, int channels_last, int threads) {
+void NAME(channel_means)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, int64_t size, int channels_last, int threads) {
     enum { TOGETHER = 256 };  // channels
     int64_t groups = (channels + TOGETHER - 1) / TOGETHER;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -186,7 +205,7 @@ void NAME(pool)(NUMBER *out, const NUMBER *x, int64_t batch, int64_t channels, i
 // where it is closed, and maps[i, b], where the map of node i of image b lies. Removed nodes have neither.
 
 // The images with an open edge into a node; returns how many there are.
-int64_t NAME(enter)(int64_t *images, const SUM *alpha, int64_t batch, int64_t nodes, int64_t target) {
+int64_t NAME(select_images)(int64_t *images, const SUM *alpha, int64_t batch, int64_t nodes, int64_t target) {
     int64_t count = 0;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < target; i++)
@@ -198,7 +217,7 @@ int64_t NAME(enter)(int64_t *images, const SUM *alpha, int64_t batch, int64_t no
 }
 
 // What these images carry into a node: out (count, len).
-void NAME(read)(NUMBER *out, const NUMBER *const *maps, const SUM *alpha, const int64_t *images, int64_t count, int64_t batch, int64_t nodes, int64_t target, int64_t len, int threads) {
+void NAME(gather_inputs)(NUMBER *out, const NUMBER *const *maps, const SUM *alpha, const int64_t *images, int64_t count, int64_t batch, int64_t nodes, int64_t target, int64_t len, int threads) {
     int64_t pieces = (len + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < count * pieces; task++) {
@@ -216,12 +235,12 @@ void NAME(read)(NUMBER *out, const NUMBER *const *maps, const SUM *alpha, const 
 // A node has run for these images, x: (count, channels, size) or (count, size, channels). Its n edges, to `targets`, get
 //   scale[j] * sigmoid(<weight[j], mean of x[k]> + bias[j]), or 0 below the threshold; scale may be NULL.
 // Without a weight nothing is weighed. Returns 0, or 1 where there was no memory for the means.
-int NAME(leave)(const NUMBER **maps, SUM *alpha, const int64_t *images, const NUMBER *x, const NUMBER *weight, const NUMBER *bias, const NUMBER *scale, const int64_t *targets, double threshold, int64_t node, int64_t count, int64_t batch, int64_t nodes, int64_t channels, int64_t size, int64_t n, int channels_last, int threads) {
+int NAME(finish_node)(const NUMBER **maps, SUM *alpha, const int64_t *images, const NUMBER *x, const NUMBER *weight, const NUMBER *bias, const NUMBER *scale, const int64_t *targets, double threshold, int64_t node, int64_t count, int64_t batch, int64_t nodes, int64_t channels, int64_t size, int64_t n, int channels_last, int threads) {
     for (int64_t k = 0; k < count; k++) maps[node * batch + images[k]] = x + k * channels * size;
     if (!weight) return 0;
     NUMBER *means = malloc(sizeof(NUMBER) * (count * channels + 1));
     if (!means) return 1;
-    NAME(pool)(means, x, count, channels, size, channels_last, threads);
+    NAME(channel_means)(means, x, count, channels, size, channels_last, threads);
     for (int64_t k = 0; k < count; k++)
         for (int64_t j = 0; j < n; j++) {
             const NUMBER *mean = means + k * channels, *row = weight + j * channels;
@@ -240,7 +259,7 @@ int NAME(leave)(const NUMBER **maps, SUM *alpha, const int64_t *images, const NU
 //   dx[b] = sum_j weights[b, j] g[j][b]          (dx may be NULL)
 //   dw[b, j] = <g[j][b], x[b]>                   (dw may be NULL)
 // Returns 0, or 1 where there was no memory for the pieces of dw.
-int NAME(fan_out)(NUMBER *dx, SUM *dw, const NUMBER *const *g, const NUMBER *x, const SUM *weights, int64_t batch, int64_t n, int64_t len, int threads) {
+int NAME(product_gradients)(NUMBER *dx, SUM *dw, const NUMBER *const *g, const NUMBER *x, const SUM *weights, int64_t batch, int64_t n, int64_t len, int threads) {
     if (!dx && !dw) return 0;
     int64_t pieces = (len + PIECE - 1) / PIECE;
     double *part = dw ? malloc(sizeof(double) * (batch * pieces * n + 1)) : NULL;

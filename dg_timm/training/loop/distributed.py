@@ -1,4 +1,4 @@
-"""What the processes of one training must agree on, and the signals that ask it to stop."""
+"""What the processes of one training share, and the signals that ask it to stop."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,29 +15,34 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
+from dg_timm._errors import BadValue, MissingPackage
+
 
 def make_accelerator(
-    *, mixed_precision: str = "no", compile: bool = False, trackers: Sequence[str] = (), folder: Optional[Path] = None
+    *, mixed_precision: str = "no", compile: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Accelerate, set up for this machine: its accelerator, or else its CPUs, also under torchrun.
+    """Set Accelerate up for this machine: for its accelerator, or else for its CPUs, also under torchrun.
+
+    Args:
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        compile: let Accelerate compile the network with Inductor.
+        trackers: names of Accelerate's trackers.
+        folder: where trackers write.
 
     Raises:
-        ValueError: for a precision that the device has not, or a tracker that is not installed.
+        BadValue: for a precision that the device does not offer, and for an unknown tracker.
+        MissingPackage: for a tracker that is not installed.
     """
     # Without an accelerator it must be told so, or processes under torchrun would each train a network of their own.
     cpu = not torch.accelerator.is_available()
     if mixed_precision == "fp16" and cpu:
-        raise ValueError("--mixed-precision fp16 needs a GPU; bf16 runs on CPUs too")
+        raise BadValue("--mixed-precision fp16 needs a GPU; bf16 runs on CPUs too")
     unknown = [name for name in trackers if name not in LOGGER_TYPE_TO_CLASS]
     if unknown:
-        raise ValueError(f"--report-to {unknown[0]}: there are {', '.join(LOGGER_TYPE_TO_CLASS)}")
-    missing = set(trackers) - {str(logger) for logger in get_available_trackers()}
+        raise BadValue(f"--report-to {unknown[0]}: there are {', '.join(LOGGER_TYPE_TO_CLASS)}")
+    missing = sorted(set(trackers) - {str(logger) for logger in get_available_trackers()})
     if missing:
-        raise ValueError(
-            f"--report-to {' '.join(sorted(missing))}: not installed; pip install {' '.join(sorted(missing))}"
-        )
-    # Accelerate passes torch an argument of DDP that torch calls deprecated
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        raise MissingPackage(f"--report-to {' '.join(missing)}: not installed; pip install {' '.join(missing)}")
     return Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
@@ -49,15 +54,22 @@ def make_accelerator(
     )
 
 
-class Agreement:
-    """Sums of small numbers over all processes, through the CPU: the accelerator is not waited for."""
+def prepare(accelerator: Accelerator, *parts: Any) -> Any:
+    """Call ``accelerator.prepare`` without the warning about an argument that Accelerate itself passes to torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return accelerator.prepare(*parts)
+
+
+class HostAllReduce:
+    """Sum small numbers over all processes through the CPU, so that nobody waits for the accelerator."""
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group: Any = dist.new_group(backend="gloo") if several else None
 
     def sum(self, *values: float) -> list[float]:
-        """Of each value over the processes; every process must call it."""
+        """Sum each value over the processes; every process must call it."""
         if self._group is None:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
@@ -65,21 +77,26 @@ class Agreement:
         return total.tolist()
 
     def any(self, value: bool) -> bool:
-        """Whether it is true in any process; every process must call it."""
+        """Tell whether the value is true in any process; every process must call it."""
         return self.sum(value)[0] > 0
 
 
-class StopRequest:
-    """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
+class InterruptFlag:
+    """Remember the first SIGTERM or SIGINT in ``signal``; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.signal: Optional[signal.Signals] = None
+        self.signal: signal.Signals | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None
 
     @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
+    def listening(self) -> Iterator["InterruptFlag"]:
         """Handle both signals inside the ``with`` block."""
 
-        def handle(number: int, frame: Optional[FrameType]) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
@@ -93,3 +110,17 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+class Processes(NamedTuple):
+    """What this process shares with the others of its training.
+
+    Attributes:
+        accelerator: Accelerate, which moves gradients.
+        all_reduce: sums of small numbers on the host.
+        interrupt: whether this process was asked to stop.
+    """
+
+    accelerator: Accelerator
+    all_reduce: HostAllReduce
+    interrupt: InterruptFlag

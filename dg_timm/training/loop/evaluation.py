@@ -1,25 +1,40 @@
-"""Exact figures under any number of processes.
+"""Evaluate a classifier exactly, whatever the number of processes.
 
-Each process keeps a row of statistics an image; they are gathered once, put in the order of the data set and summed
-in float64. Batches are filled up to one size, so that an image's logits don't depend on who shared its batch. The
-result is that of one process to the last digit, whatever the sizes.
+Each process keeps a row of statistics for every image; the rows are gathered once, put in the order of the data set and
+summed in float64. Batches are filled up to one size, so that an image's logits don't depend on who shared its batch.
+The result is that of one process to the last digit, whatever the number of images.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dg_timm.training.data.loading import Batch
-from dg_timm.training.loop.metrics import MeanLoss, TopKAccuracy
+from dg_timm._errors import BadValue
+from dg_timm._modes import evaluating
+from dg_timm.analysis.counting import relative_cost
+from dg_timm.analysis.recorder import adjacency
+from dg_timm.graph.stage import graph_stages
+from dg_timm.training.data.images import Batch
+from dg_timm.training.loop.metrics import ClassificationMetrics
+from dg_timm.training.loop.report import Row
+
+_MOST_RANKS = 5  # of the best classes that are kept of an image
+_COLUMNS = 4 + _MOST_RANKS
 
 
-class Figures(NamedTuple):
-    """Of one evaluation: mean cross-entropy, top-1 and top-5 (nan for fewer than 5 classes) in percent, images."""
+class EvalResult(NamedTuple):
+    """The result of one evaluation.
+
+    Attributes:
+        loss: mean cross-entropy.
+        top1, top5: percent of the images; top5 is nan for fewer than 5 classes.
+        images: how many were evaluated.
+    """
 
     loss: float
     top1: float
@@ -34,52 +49,88 @@ def evaluate_model(
     accelerator: Accelerator,
     *,
     channels_last: bool = False,
-    stop: Any = None,
-) -> Figures:
-    """Evaluate this process's ``batches`` and gather; every process gets the figures.
+    stop: Callable[[], bool] | None = None,
+) -> EvalResult:
+    """Evaluate this process's batches and gather the result; every process gets it.
 
     Args:
-        model: not wrapped for distributed training: processes may have different numbers of batches.
-        stop: if given and ``stop()`` becomes true, the rest is left out (the figures are then of no use).
+        model: not wrapped for distributed training, since processes may have different numbers of batches. Its modules
+            run in eval mode, and get their own modes back, also after an exception.
+        batches: of this process.
+        channels_last: memory layout of the images.
+        stop: if given and ``stop()`` becomes true, the rest is left out. The result is then of no use.
 
     Raises:
-        ValueError: if there is no image.
+        BadValue: if there is no image.
     """
-    training = model.training
-    model.eval()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     kept = []
-    for batch in batches:
-        if stop is not None and stop():
-            break
-        batch = batch.on(accelerator.device, torch.channels_last if channels_last else torch.contiguous_format)
-        with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
-            logits = model(batch.images).float()
-        kept.append(statistics(logits, batch)[batch.weights > 0])
-    model.train(training)
-    width = 4 + 5
-    mine = torch.cat(kept) if kept else torch.zeros(0, width, dtype=torch.float64, device=accelerator.device)
+    with evaluating(model):
+        for batch in batches:
+            if stop is not None and stop():
+                break
+            batch = batch.move_to(accelerator.device, layout)
+            with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
+                logits = model(batch.images).float()
+            kept.append(image_statistics(logits, batch)[batch.sample_mask > 0])
+    empty = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=accelerator.device)
+    mine = torch.cat(kept) if kept else empty
     if accelerator.num_processes > 1:
         mine = accelerator.pad_across_processes(mine, pad_index=-1)
         mine = accelerator.gather_for_metrics(mine)
         mine = mine[mine[:, 0] >= 0]
-    table = mine.cpu()
-    if len(table) == 0 and stop is not None and stop():
-        return Figures(float("nan"), float("nan"), float("nan"), 0)
-    if len(table) == 0:
-        raise ValueError("there is no image to evaluate on")
+    if len(mine) == 0 and stop is not None and stop():
+        return EvalResult(float("nan"), float("nan"), float("nan"), 0)
+    if len(mine) == 0:
+        raise BadValue("there is no image to evaluate on")
+    return _summarize(mine.cpu())
+
+
+def image_statistics(logits: Tensor, batch: Batch) -> Tensor:
+    """Make a row for each image: shard, row, label, loss, and the five best classes, best first.
+
+    Returns:
+        (batch, 9) float64; -1 in place of a class where there are fewer than five.
+    """
+    best = logits.topk(min(_MOST_RANKS, logits.shape[1])).indices
+    best = F.pad(best, (0, _MOST_RANKS - best.shape[1]), value=-1)
+    loss = F.cross_entropy(logits, batch.labels, reduction="none")
+    columns = (batch.rows, batch.labels[:, None], loss[:, None], best)
+    return torch.cat([column.double() for column in columns], dim=1)
+
+
+def _summarize(table: Tensor) -> EvalResult:
+    """Sum up the rows of all processes in the order of the data set."""
     order = sorted(range(len(table)), key=table[:, :2].tolist().__getitem__)
     table = table[order]
     ranked = table[:, 4:].long()
     ranked = ranked[:, : int((ranked[0] >= 0).sum())]
-    top = TopKAccuracy(keep_in_memory=True).compute(predictions=ranked.tolist(), references=table[:, 2].long().tolist())
-    loss = MeanLoss(keep_in_memory=True).compute(predictions=table[:, 3].tolist())
-    return Figures(loss["loss"], top["top1"], top.get("top5", float("nan")), len(table))
+    found = ClassificationMetrics(keep_in_memory=True).compute(
+        predictions=ranked.tolist(), references=table[:, 2].long().tolist(), losses=table[:, 3].tolist()
+    )
+    return EvalResult(found["loss"], found["top1"], found.get("top5", float("nan")), len(table))
 
 
-def statistics(logits: Tensor, batch: Batch) -> Tensor:
-    """(batch, 9) float64: shard, row, label, loss, and the five best classes, best first (-1 beyond the classes)."""
-    best = logits.topk(min(5, logits.shape[1])).indices
-    best = F.pad(best, (0, 5 - best.shape[1]), value=-1)
-    loss = F.cross_entropy(logits, batch.labels, reduction="none")
-    columns = (batch.rows, batch.labels[:, None], loss[:, None], best)
-    return torch.cat([column.double() for column in columns], dim=1)
+def graph_statistics(model: nn.Module, images: Tensor) -> Row:
+    """Describe what the graph of a model does with some images.
+
+    Args:
+        images: (batch, channels, height, width).
+
+    Returns:
+        for every stage its mean open edge weight (``NAME.weight``) and its share of open edges (``NAME.open``), and the
+        mean ``cost`` relative to the static network; nothing for a static model.
+    """
+    if not graph_stages(model):
+        return {}
+    weights = adjacency(model, images)
+    row: Row = {}
+    for name, alpha in weights.items():
+        n = alpha.shape[-1]
+        upper = torch.triu_indices(n, n, 1, device=alpha.device)
+        edges = alpha[:, upper[0], upper[1]].float()
+        row[f"{name}.weight"] = round(edges.mean().item(), 5)
+        row[f"{name}.open"] = round((edges != 0).float().mean().item(), 5)
+    size = (images.shape[1], images.shape[2], images.shape[3])
+    row["cost"] = round(relative_cost(model, weights, size).mean().item(), 5)
+    return row

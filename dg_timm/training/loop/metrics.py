@@ -1,4 +1,4 @@
-"""Metrics as ``evaluate.Metric`` classes. They are made directly, ``TopKAccuracy().compute(...)``, and need no Hub."""
+"""The figures of a classification as an ``evaluate.Metric``. It is made directly and needs no Hub."""
 
 from typing import Any
 
@@ -7,33 +7,33 @@ import evaluate
 import numpy as np
 
 
-class TopKAccuracy(evaluate.Metric):
-    """Share of the images whose label is among the first ``k`` predictions, for every k up to the number given.
+class ClassificationMetrics(evaluate.Metric):
+    """Mean loss, and the share of images whose label is among the best 1 and 5 predictions.
 
-    ``compute(predictions=..., references=...)``: predictions (n, k), class indices, best first; references (n,).
-    Returns ``{"top1": ..., "top5": ...}`` in percent (top5 only where k >= 5).
+    ``ClassificationMetrics(keep_in_memory=True).compute(predictions=..., references=..., losses=...)``, or
+    ``add_batch`` with the same arguments and then ``compute()``:
+
+    - predictions: (n, k) class indices, the best one first;
+    - references: (n,) class indices;
+    - losses: (n,) floats, averaged in float64.
+
+    Returns ``{"loss": ..., "top1": ..., "top5": ...}``, the last two in percent; ``top5`` only where k is at least 5.
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-        return _info(self, features)
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("int64")),
+            "references": datasets.Value("int64"),
+            "losses": datasets.Value("float64"),
+        }
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="",
+            features=datasets.Features(features),
+        )
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any, losses: Any) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {f"top{k}": 100 * float(hits[:, :k].any(1).mean()) for k in (1, 5) if k <= hits.shape[1]}
-
-
-class MeanLoss(evaluate.Metric):
-    """Mean of per-image losses, summed in float64. ``compute(predictions=losses)`` returns ``{"loss": ...}``."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(self, {"predictions": datasets.Value("float64")})
-
-    def _compute(self, predictions: Any) -> dict[str, float]:
-        return {"loss": float(np.mean(np.asarray(predictions, dtype=np.float64)))}
-
-
-def _info(metric: evaluate.Metric, features: dict[str, Any]) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=metric.__doc__ or "", citation="", inputs_description="", features=datasets.Features(features)
-    )
+        top = {f"top{k}": 100 * float(hits[:, :k].any(1).mean()) for k in (1, 5) if k <= hits.shape[1]}
+        return {"loss": float(np.mean(np.asarray(losses, dtype=np.float64))), **top}

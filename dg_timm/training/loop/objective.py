@@ -1,7 +1,10 @@
-"""The loss of a batch: smoothing, mixup, distillation; one number an image, so that it can be weighted and summed."""
+"""Compute the loss of a batch: smoothing, mixup, distillation and a price on cost.
+
+An objective gives a number for each image, so that losses can be masked and summed over batches and processes.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,30 +15,36 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from dg_timm.budget.expected_cost import ExpectedCost
-from dg_timm.training.data.loading import Batch, seeded
+from dg_timm.training.data.images import Batch
+from dg_timm.training.data.seeding import seeded
 
 
 class Losses(NamedTuple):
-    """Of a batch, a number an image: what is minimised, and what is shown of it, by name; (batch,) each."""
+    """The losses of a batch, with a number for each image.
+
+    Attributes:
+        loss: (batch,); what training minimizes.
+        metrics: by name, (batch,) each; what training shows.
+    """
 
     loss: Tensor
-    shown: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class CostTarget:
-    """Another objective, and a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
+    """Another objective plus a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
 
-    It shows ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be cheap at
-    once closes whatever closes fastest. Over the same time and longer the gates are noisy (:mod:`dg_timm.execution.gates`).
+    It adds the metric ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be
+    cheap at once closes whatever closes fastest. The gates are noisy over the same time and longer.
 
     Args:
         objective: that of the task.
-        expected: of the network that the objective runs, in or out of its wrapper.
+        expected: expected cost of the network that the objective runs, in or out of its wrapper.
         target: mean cost relative to the static network, 0..1.
-        weight: of the squared distance.
-        ramp: updates until the target is in force.
-        noise: of the gates at the first update (:meth:`dg_timm.budget.expected_cost.ExpectedCost.recording`).
-        quiet: update from which on there is no noise.
+        weight: factor of the squared distance.
+        ramp: number of updates until the target is in force.
+        noise: scale of the gates' noise at the first update (:meth:`ExpectedCost.recording`).
+        noise_until: number of the update from which on there is no noise.
         seed: of the noise.
     """
 
@@ -48,44 +57,47 @@ class CostTarget:
         weight: float = 30.0,
         ramp: int = 0,
         noise: float = 0.0,
-        quiet: int = 0,
+        noise_until: int = 0,
         seed: int = 0,
     ) -> None:
         self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
-        self.noise, self.quiet, self.seed = noise, quiet, seed
+        self.noise, self.noise_until, self.seed = noise, noise_until, seed
 
     def target_at(self, update: int) -> float:
-        """The target in force for an update, counted from 0."""
+        """Return the target in force for an update, counted from 0."""
         return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
 
     def noise_at(self, update: int) -> float:
-        """The scale of the noise for an update, counted from 0."""
-        return 0.0 if update >= self.quiet else self.noise * (1 - update / self.quiet)
+        """Return the scale of the noise for an update, counted from 0."""
+        return 0.0 if update >= self.noise_until else self.noise * (1 - update / self.noise_until)
 
     def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
-        """Losses of a batch; ``update`` counts from 0."""
+        """Compute the losses of a batch; ``update`` counts from 0 and ``others`` seed the noise together with it."""
         (seed,) = np.random.SeedSequence((self.seed, update, *others)).generate_state(1)
         with self.expected.recording(self.noise_at(update), int(seed)) as costs:
             losses = self.objective(model, batch, update, *others)
         cost = costs()
-        counted = batch.weights.sum().clamp(min=1)
-        above = (cost * batch.weights).sum() / counted - self.target_at(update)
-        return Losses(losses.loss + self.weight * above.clamp(min=0).square(), {**losses.shown, "cost": cost.detach()})
+        counted = batch.sample_mask.sum().clamp(min=1)
+        above = (cost * batch.sample_mask).sum() / counted - self.target_at(update)
+        priced = losses.loss + self.weight * above.clamp(min=0).square()
+        return Losses(priced, {**losses.metrics, "cost": cost.detach()})
 
 
-class Classification:
+class ClassificationObjective:
     """Cross-entropy (or binary cross-entropy) with label smoothing, mixup and cutmix, and distillation of logits.
 
-    It shows ``top1``: 100 where the best class is the label (the larger one, under mixup).
+    Its metric is ``top1``: 100 where the best class is the label (the larger one, under mixup), otherwise 0.
 
     Args:
-        smoothing: mass that the label gives to all classes (Szegedy et al., 2016).
-        loss: ``ce`` or ``bce`` (Wightman et al., 2021: every class on its own, averaged).
+        num_classes: number of the network's classes.
+        smoothing: probability that is spread over all classes (Szegedy et al., 2016), 0..1.
+        loss: ``ce``, or ``bce`` (Wightman et al., 2021: each class on its own, averaged over the classes).
         mixup: timm's, or None.
-        teacher: whose logits are learned (Hinton et al., 2015), or None.
+        teacher: network whose logits are learned (Hinton et al., 2015), or None.
         distill_weight: share of the distillation in the loss, 0..1.
-        temperature: of both softmaxes; the distillation is multiplied by its square.
+        temperature: of both softmaxes; the distillation loss is multiplied by its square.
         student_norm: mean and std of the student's images, each (1, channels, 1, 1); the teacher gets its own.
+        seed: of mixup.
     """
 
     def __init__(
@@ -94,11 +106,11 @@ class Classification:
         *,
         smoothing: float = 0.0,
         loss: str = "ce",
-        mixup: Optional[Mixup] = None,
-        teacher: Optional[DistillationTeacher] = None,
+        mixup: Mixup | None = None,
+        teacher: DistillationTeacher | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
-        student_norm: Optional[tuple[Tensor, Tensor]] = None,
+        student_norm: tuple[Tensor, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         self.num_classes, self.smoothing, self.kind, self.mixup = num_classes, smoothing, loss, mixup
@@ -106,7 +118,11 @@ class Classification:
         self.student_norm, self.seed = student_norm, seed
 
     def __call__(self, model: nn.Module, batch: Batch, *entropy: int) -> Losses:
-        """Losses of a batch on the model's device; ``entropy`` (update, process, ...) seeds what mixup draws."""
+        """Compute the losses of a batch on the model's device.
+
+        Args:
+            entropy: update, number of the micro-batch, process: what mixup draws depends on them and the seed.
+        """
         images, target = batch.images, batch.labels
         if self.mixup is not None and self.mixup.mixup_enabled:
             with seeded(self.seed, *entropy):
@@ -126,6 +142,7 @@ class Classification:
         return Losses(loss, {"top1": 100 * (logits.argmax(1) == label).float()})
 
     def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Compute the divergence of the student's distribution from the teacher's; (batch,)."""
         assert self.teacher is not None
         with torch.no_grad():
             theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()

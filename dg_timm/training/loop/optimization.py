@@ -1,7 +1,7 @@
 """Batch arithmetic, parameter groups, optimizer and schedule. Everything counts in updates of the weights."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from dg_timm._errors import BadValue
 from dg_timm.graph.stage import routers
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -16,7 +17,14 @@ _TORCH_OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")  # these ha
 
 
 class BatchSplit(NamedTuple):
-    """How the images of one update are shared: ``images = micro_batch * accumulation * processes``."""
+    """How the images of one update are shared: ``images = micro_batch * accumulation * processes``.
+
+    Attributes:
+        images: of an update, over all processes.
+        micro_batch: images that a process runs at a time.
+        accumulation: micro-batches of a process in an update.
+        processes: how many there are.
+    """
 
     images: int
     micro_batch: int
@@ -24,8 +32,8 @@ class BatchSplit(NamedTuple):
     processes: int
 
 
-def split_batch(images: int, processes: int, micro_batch: Optional[int] = None) -> BatchSplit:
-    """Share ``images`` over the processes, at most ``micro_batch`` of them at a time on each.
+def split_batch(images: int, processes: int, micro_batch: int | None = None) -> BatchSplit:
+    """Rank ``images`` over the processes, at most ``micro_batch`` of them at a time on each.
 
     Raises:
         ValueError: if they can't be shared evenly, with the nearest number that can.
@@ -33,21 +41,24 @@ def split_batch(images: int, processes: int, micro_batch: Optional[int] = None) 
     each = images // processes
     if each * processes != images or each == 0:
         near = max(round(images / processes), 1) * processes
-        raise ValueError(
+        raise BadValue(
             f"--batch-size {images} can't be shared by {processes} processes; the nearest that can is {near}"
         )
     size = min(micro_batch or each, each)
     if each % size:
         fitting = max(k for k in range(1, size + 1) if each % k == 0)
-        raise ValueError(
+        raise BadValue(
             f"--micro-batch {size} does not divide the {each} images of a process (--batch-size {images} over "
             f"{processes} processes); use {fitting}"
         )
     return BatchSplit(images, size, each // size, processes)
 
 
-def scaled_lr(lr: float, images: int, base_batch: Optional[int], rule: str = "linear") -> float:
-    """``lr``, given for ``base_batch`` images an update, for ``images`` (Goyal et al., 2017: linear; or sqrt)."""
+def scaled_lr(lr: float, images: int, base_batch: int | None, rule: str = "linear") -> float:
+    """Scale a learning rate that was given for ``base_batch`` images an update to ``images`` an update.
+
+    ``rule`` is ``linear`` (Goyal et al., 2017) or ``sqrt``; without a ``base_batch`` the rate stays.
+    """
     if base_batch is None:
         return lr
     ratio = images / base_batch
@@ -55,12 +66,18 @@ def scaled_lr(lr: float, images: int, base_batch: Optional[int], rule: str = "li
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: Optional[float] = None, graph_lr_scale: float = 1.0
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, graph_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """What learns, grouped: timm's groups, and routers, scales and thresholds in one (or one a layer) of their own.
+    """Group the parameters that learn as timm does, with the graph's in a group (or one for each layer) of their own.
 
-    Biases and norms have no weight decay, nor has the graph. ``graph_lr_scale`` multiplies the graph's learning rate,
-    ``layer_decay`` that of everything for each layer from the classifier down.
+    The graph's parameters are those of routers: weights, biases, edge scales and thresholds. They have no weight decay,
+    like biases and norms.
+
+    Args:
+        model: static or dynamic.
+        weight_decay: of all other weights.
+        layer_decay: factor of the learning rate for each layer from the classifier down; None for none.
+        graph_lr_scale: factor of the graph's learning rate.
     """
     unweighted = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if layer_decay is not None:
@@ -91,7 +108,11 @@ def parameter_groups(
 def create_optimizer(
     groups: list[dict[str, Any]], *, opt: str, lr: float, momentum: float, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Any of timm's optimizers over the groups; ValueError if there is none of that name."""
+    """Make any of timm's optimizers over parameter groups.
+
+    Raises:
+        BadValue: if timm has no optimizer of the name, or it does not take the options.
+    """
     try:
         return create_optimizer_v2(
             groups,
@@ -103,7 +124,7 @@ def create_optimizer(
             **options,
         )
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"--opt {opt} with {dict(options)}: {error}") from error
+        raise BadValue(f"--opt {opt} with {dict(options)}: {error}") from error
 
 
 def create_schedule(
@@ -117,27 +138,37 @@ def create_schedule(
     min_lr: float,
     cooldown_epochs: int,
     decay_rate: float,
-    decay_epochs: Optional[float],
+    decay_epochs: float | None,
     decay_milestones: list[int],
     warmup_prefix: bool,
 ) -> tuple[Scheduler, int]:
-    """timm's schedule in updates, set to update 0; and the epochs to train, with warm-up prefix and cool-down."""
+    """Make timm's schedule, which counts updates, and set it to update 0.
+
+    Returns:
+        the schedule, and the number of epochs to train, with warm-up prefix and cool-down.
+
+    Raises:
+        BadValue: if the warm-up takes all epochs, or timm refuses the schedule.
+    """
     if warmup_epochs >= epochs and not warmup_prefix:
-        raise ValueError(f"--warmup-epochs {warmup_epochs:g} leaves nothing of --epochs {epochs}")
-    schedule, total = create_scheduler_v2(
-        optimizer,
-        sched,
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions are fine
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
-        cooldown_epochs=cooldown_epochs,
-        decay_rate=decay_rate,
-        decay_epochs=decay_epochs,
-        decay_milestones=decay_milestones,
-        warmup_prefix=warmup_prefix,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+        raise BadValue(f"--warmup-epochs {warmup_epochs:g} leaves nothing of --epochs {epochs}")
+    try:
+        schedule, total = create_scheduler_v2(
+            optimizer,
+            sched,
+            num_epochs=epochs,
+            warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions are fine
+            warmup_lr=warmup_lr,
+            min_lr=min_lr,
+            cooldown_epochs=cooldown_epochs,
+            decay_rate=decay_rate,
+            decay_epochs=decay_epochs,
+            decay_milestones=decay_milestones,
+            warmup_prefix=warmup_prefix,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:  # of timm: a schedule that does not fit its own length
+        raise BadValue(f"--sched {sched}: {error}") from error
     schedule.step_update(0)  # timm applies lr_scale from the first step on only
     return schedule, int(total)

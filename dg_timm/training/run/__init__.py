@@ -1,0 +1,1 @@
+"""From options and recipes to a run and its end."""

@@ -1,171 +1,89 @@
-"""From options to data, network and optimizer: what train.py, validate.py and a dry run build alike."""
+"""From options to network, objective, optimizer and schedule: what a training and its dry run build alike."""
 
 import argparse
-from pathlib import Path
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
+from timm.scheduler.scheduler import Scheduler
+from timm.task.distillation import DistillationTeacher
 from torch import nn
 
+from dg_timm._errors import BadValue
 from dg_timm.budget.expected_cost import ExpectedCost
-from dg_timm.budget.start import make_skippable, raise_thresholds
-from dg_timm.training.data.loading import Collate, Images, IndexOrder, Loader, Share, StreamOrder
-from dg_timm.training.data.sources import Split, Splits, load_splits
+from dg_timm.budget.preparation import make_skippable, raise_thresholds
 from dg_timm.training.loop import optimization
-from dg_timm.training.loop.objective import Classification, CostTarget
-from dg_timm.training.run import networks as models
-
-
-def load_data(args: argparse.Namespace) -> Splits:
-    names = Path(args.label_names).read_text().splitlines() if args.label_names else None
-    splits = load_splits(
-        args.data,
-        val_source=args.val_data,
-        train_split=args.train_split,
-        val_split=args.val_split,
-        image_key=args.image_key,
-        label_key=args.label_key,
-        label_names=names,
-        num_classes=args.num_classes,
-        streaming=args.streaming,
-    )
-    return splits._replace(
-        train=limit(splits.train, args.train_limit, "--train-limit"),
-        test=limit(splits.test, args.val_limit, "--val-limit"),
-    )
-
-
-AnySplit = TypeVar("AnySplit", bound=Any)  # of images with labels, or with boxes
-
-
-def limit(split: AnySplit, size: Optional[int], option: str) -> AnySplit:
-    """A fixed random choice of ``size`` rows (of the data, not of the run: every seed gets the same)."""
-    if size is None:
-        return split
-    if split.size is None or split.streamed:
-        raise ValueError(f"{option} can't choose among the rows of a stream")
-    chosen = torch.randperm(split.size, generator=torch.Generator().manual_seed(0))[:size]
-    chosen_rows: AnySplit = split.choose(sorted(chosen.tolist()))
-    return chosen_rows
-
-
-def make_loader(
-    split: Split,
-    args: argparse.Namespace,
-    transform: Any,
-    label_names: list[str],
-    batch_size: int,
-    accelerator: Accelerator,
-    data_config: dict[str, Any],
-    *,
-    training: bool,
-) -> Loader:
-    share = Share(accelerator.process_index, accelerator.num_processes)
-    order: Any
-    if split.streamed:
-        if training and args.aug_repeats > 1:
-            raise ValueError("--aug-repeats needs a data set that is not streamed")
-        shards = split.rows.num_shards
-        if training and shards % share.processes:
-            accelerator.print(
-                f"{split.name} has {shards} shards for {share.processes} processes: "
-                + (
-                    "each reads them all, and keeps its part"
-                    if shards < share.processes
-                    else "some will wait for others"
-                )
-            )
-        order = StreamOrder(split.rows, batch_size, share, shuffle=training, seed=args.seed, buffer=args.shuffle_buffer)
-    else:
-        assert split.size is not None
-        if training and split.size < args.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size} is more than the {split.size} images of {split.name}")
-        order = IndexOrder(
-            split.size,
-            batch_size,
-            share,
-            shuffle=training,
-            seed=args.seed,
-            multiple=args.batch_size if training else 1,
-            repeats=args.aug_repeats if training else 1,
-        )
-    random = training and args.augment
-    images = Images(
-        split, transform, label_names, channels=data_config["input_size"][0], seed=args.seed if random else None
-    )
-    return Loader(
-        order,
-        images,
-        Collate(batch_size, data_config["input_size"]),
-        workers=args.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        on_bad_image=args.on_bad_image,
-        report=lambda line: print(line, flush=True),
-    )
-
-
-def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    test = create_transform(**data_config)
-    if not args.augment:
-        return test, test
-    try:
-        return _training_transform(args, data_config), test
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"timm can't make this augmentation (--auto-augment {args.auto_augment}): {error!r}"
-        ) from error
-
-
-def _training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
-    return create_transform(
-        **data_config,
-        is_training=True,
-        train_crop_mode=args.train_crop_mode,
-        scale=tuple(args.scale),
-        ratio=tuple(args.ratio),
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.auto_augment,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-    )
+from dg_timm.training.loop.objective import ClassificationObjective, CostTarget
+from dg_timm.training.run import fine_tuning, networks
+from dg_timm.training.run.build_data import data_config_of
 
 
 class Network(NamedTuple):
-    model: Any  # a timm model
-    objective: Classification
+    """A network that is ready to be trained.
+
+    Attributes:
+        model: a timm model on the CPU, with what must not learn frozen.
+        objective: its loss, without a price on cost.
+        data_config: preprocessing, as timm describes it.
+        learning: names of the parameters that are not frozen.
+        random: whether no weights were loaded.
+    """
+
+    model: Any
+    objective: ClassificationObjective
     data_config: dict[str, Any]
-    learning: list[str]  # names of the parameters that are not frozen
-    random: bool  # no weights were loaded
+    learning: list[str]
+    random: bool
 
 
 def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accelerator) -> Network:
+    """Build network and objective from the options of a training.
+
+    Raises:
+        BadValue: naming the option that can't be used.
+    """
     options = dict(in_chans=args.in_chans, drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
-    model = models.create(
+    model = networks.create(
         args.model,
         pretrained=args.pretrained,
         initial_checkpoint=args.initial_checkpoint,
         num_classes=num_classes,
         **options,
     )
-    own_classifier = models.same_classifier(model, args.model, args.initial_checkpoint, args.pretrained)
-    if args.head_init_scale != 1 and not own_classifier:
-        models.scale_classifier(model, args.head_init_scale)
+    loaded = networks.classifier_was_loaded(model, args.model, args.initial_checkpoint, args.pretrained)
+    if args.head_init_scale != 1 and not loaded:
+        fine_tuning.scale_classifier(model, args.head_init_scale)
     fixed = args.fix_thresholds or args.target_cost is not None  # gates move weights, not thresholds
-    learning = models.freeze(model, args.freeze, not own_classifier, thresholds=fixed)
+    learning = fine_tuning.freeze(model, args.freeze, not loaded, thresholds=fixed)
     data_config = data_config_of(model, args)
-    teacher = None
-    if args.distill not in (None, "none"):
-        teacher = models.create_teacher(
-            args.distill, model, args.model, not own_classifier, in_chans=args.in_chans, **args.model_kwargs
-        )
-        teacher = teacher.to(accelerator.device)
+    teacher = _build_teacher(args, model, not loaded, accelerator)
     if args.skippable:  # a teacher is made of the plain identity, above
         make_skippable(model)
+    objective = _build_objective(args, num_classes, data_config, teacher, accelerator)
+    random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
+    return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random)
+
+
+def _build_teacher(
+    args: argparse.Namespace, student: Any, fresh: bool, accelerator: Accelerator
+) -> DistillationTeacher | None:
+    if args.distill in (None, "none"):
+        return None
+    teacher = fine_tuning.create_teacher(
+        args.distill, student, args.model, fresh, in_chans=args.in_chans, **args.model_kwargs
+    )
+    return teacher.to(accelerator.device)
+
+
+def _build_objective(
+    args: argparse.Namespace,
+    num_classes: int,
+    data_config: dict[str, Any],
+    teacher: DistillationTeacher | None,
+    accelerator: Accelerator,
+) -> ClassificationObjective:
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(
@@ -178,7 +96,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
             num_classes=num_classes,
         )
     mean, std = (torch.tensor(data_config[key], device=accelerator.device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    objective = Classification(
+    return ClassificationObjective(
         num_classes,
         smoothing=args.smoothing,
         loss=args.loss,
@@ -189,24 +107,36 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         student_norm=(mean, std),
         seed=args.seed,
     )
+
+
+def _lay_out(model: Any, args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """Apply the options that change how a network runs, and not what it computes."""
     if args.sync_bn:
         if accelerator.device.type != "cuda":
-            raise ValueError("--sync-bn needs GPUs")
+            raise BadValue("--sync-bn needs GPUs")
         model = convert_sync_batchnorm(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    loaded = args.pretrained or args.initial_checkpoint or models.names_weights(args.model)
-    return Network(model, objective, data_config, learning, not loaded)
+    return model
 
 
 def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -> Any:
-    """The objective of a network; with --target-cost also a price on its cost. ``updates`` of the whole run."""
+    """Return the objective of a network; with --target-cost it also puts a price on the network's cost.
+
+    Args:
+        args: options of a training.
+        network: whose thresholds are raised, in place, if there is a price.
+        updates: of the whole training.
+
+    Raises:
+        BadValue: if the network is static or compiled.
+    """
     if args.target_cost is None:
         return network.objective
     if args.compile:
-        raise ValueError("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
+        raise BadValue("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
     expected = ExpectedCost(network.model, network.data_config["input_size"])
     raise_thresholds(network.model)
     return CostTarget(
@@ -216,31 +146,22 @@ def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -
         weight=args.cost_weight,
         ramp=round(args.cost_ramp * updates),
         noise=args.cost_noise,
-        quiet=round(args.cost_quiet * updates),
+        noise_until=round(args.cost_quiet * updates),
         seed=args.seed,
     )
 
 
-def data_config_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Preprocessing: the model's own, where the options do not say otherwise."""
-    given = {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
-    if args.image_size:
-        given["input_size"] = (model.in_chans, args.image_size, args.image_size)
-    channels = model.in_chans
-    for key in ("mean", "std"):
-        if given[key] is not None and len(given[key]) not in (1, channels):
-            raise ValueError(f"--{key} has {len(given[key])} values for {channels} channels")
-    config: dict[str, Any] = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
-    config["input_size"] = (channels, *config["input_size"][1:])
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    return config
-
-
 def build_optimization(
     args: argparse.Namespace, model: nn.Module, updates_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any, int]:
+) -> tuple[torch.optim.Optimizer, Scheduler, int]:
+    """Build the optimizer and the schedule of a training.
+
+    Returns:
+        both, and the number of epochs to train.
+
+    Raises:
+        BadValue: naming options that exclude each other or that timm does not take.
+    """
     groups = optimization.parameter_groups(
         model, weight_decay=args.weight_decay, layer_decay=args.layer_decay, graph_lr_scale=args.graph_lr_scale
     )
@@ -253,17 +174,14 @@ def build_optimization(
     options = {key: getattr(args, key) for key in keys}
     if args.updates is None:
         if args.warmup_updates is not None or args.milestone_updates is not None:
-            raise ValueError("--warmup-updates and --milestone-updates belong to --updates; give it, too")
+            raise BadValue("--warmup-updates and --milestone-updates belong to --updates; give it, too")
         schedule, epochs = optimization.create_schedule(optimizer, updates_per_epoch=updates_per_epoch, **options)
         return optimizer, schedule, epochs
     of_epochs = {"cooldown_epochs": 0, "decay_epochs": None, "warmup_epochs": 0.0, "warmup_prefix": False}
     given = [f"--{key.replace('_', '-')}" for key, default in of_epochs.items() if options[key] != default]
     if given:
-        raise ValueError(
-            f"{', '.join(given)}: counted in epochs, and --updates counts in updates; leave one of them out"
-        )
-    # an update is the schedule's epoch
-    options |= dict(
+        raise BadValue(f"{', '.join(given)}: counted in epochs, and --updates counts in updates; leave one of them out")
+    options |= dict(  # an update is the schedule's epoch
         epochs=args.updates,
         warmup_epochs=float(args.warmup_updates or 0),
         decay_milestones=args.milestone_updates or [args.updates],

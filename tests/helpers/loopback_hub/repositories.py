@@ -101,7 +101,7 @@ class DiskRepositories:
         path = self._path(repo_id)
         if not path.is_file():
             raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
-        repo: dict[str, Any] = json.loads(path.read_text())
+        repo: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if repo["private"] and (user is None or not self._owns(user, repo_id)):
             raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
         return repo
@@ -129,7 +129,7 @@ class DiskRepositories:
         path = self._path(repo_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{uuid.uuid4().hex}")
-        beside.write_text(json.dumps(repo))
+        beside.write_text(json.dumps(repo), encoding="utf-8")
         os.replace(beside, path)
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class DiskRepositories:
 
     def log(self, repo_id: str, revision: str = "main") -> list[str]:
         """Messages of the commits of a branch, the newest first, for a test to look at."""
-        repo = json.loads(self._path(repo_id).read_text())
+        repo = json.loads(self._path(repo_id).read_text(encoding="utf-8"))
         commit, messages = repo["refs"][revision], []
         while commit:
             messages.append(repo["commits"][commit]["message"])

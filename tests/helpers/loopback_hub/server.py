@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self) -> Any:
         assert self.body is not None
-        return json.loads(self.body.read_text() or "null")
+        return json.loads(self.body.read_text(encoding="utf-8") or "null")
 
     # -- downloads ---------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo_id: str, revision: str) -> None:
         assert self.body is not None
         message, changes = "", dict[str, Optional[HubFile]]()
-        for line in self.body.read_text().splitlines():
+        for line in self.body.read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
             value = item["value"]
             if item["key"] == "header":

@@ -1,0 +1,76 @@
+"""Copies of a model's structure: other modes, or no numbers, without touching modules that other threads run."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm import _compat
+
+
+def eval_view(model: nn.Module) -> nn.Module:
+    """The model in eval mode: itself if it is, else a copy of its modules that shares every tensor.
+
+    Raises:
+        Exception: whatever a module raises that can't be copied (a sharded one, say).
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    return _copy_structure(model, lambda tensor: tensor).eval()
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, without hooks: shapes, and no numbers."""
+    copied = _copy_structure(model, lambda tensor: _on_meta(tensor))
+    for module in copied.modules():
+        _compat.remove_hooks(module)
+    return copied
+
+
+def run_on_meta(
+    model: nn.Module,
+    hook: Callable[[str, nn.Module, tuple, dict, Any], None],
+    input_size: tuple[int, int, int] | None = None,
+) -> nn.Module:
+    """Run a meta copy of a model once: ``hook(name, module, args, kwargs, result)`` sees every call, shapes only.
+
+    Args:
+        model: any image model; it is not touched.
+        hook: called after each module has run.
+        input_size: (channels, height, width); by default what the model's configuration names, or 3 x 224 x 224.
+
+    Returns:
+        The copy.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = input_size or cfg.get("input_size") or (3, 224, 224)
+    if input_size is None:
+        channels = getattr(model, "in_chans", channels)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    copied = meta_copy(model)
+    for name, module in copied.named_modules():
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict, result: Any, name: str = name) -> None:
+            hook(name, module, args, kwargs, result)
+
+        module.register_forward_hook(watch, with_kwargs=True)
+    with torch.no_grad():
+        # Two images: BatchNorm in train mode refuses a single value for each channel.
+        copied(torch.empty(2, channels, height, width, dtype=dtype, device="meta"))
+    return copied
+
+
+def _copy_structure(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy modules; ``replace`` gives the tensor that stands for each parameter, buffer and tensor attribute."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+        memo |= {id(tensor): replace(tensor) for tensor in own if isinstance(tensor, Tensor)}
+    return copy.deepcopy(model, memo)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().to("meta")
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

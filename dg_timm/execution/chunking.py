@@ -1,0 +1,83 @@
+"""Run a large batch in chunks whose activations fit the processor's caches.
+
+A stage is independent across images, and a graph holds many maps at once. In inference on CPUs we therefore run the
+batch in chunks. A chunk is big enough to use all threads and to amortize reading the weights.
+
+Convolutions may take another algorithm for a smaller batch, and round otherwise: on one thread torch 2.14.1 leaves
+oneDNN below 16 images. A dense stage therefore runs in chunks only where that was shown to change no bit: once for each
+shape that comes again, on random maps, for this machine's algorithms. Sparse execution rounds its own way anyway.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm import _compat
+from dg_timm.execution.sparse import BATCH_NORMS
+from dg_timm.graph.stage import DGStage
+
+# How much may be live in a chunk for each thread: a few times the cache of a core. What is live is an upper bound.
+CHUNK_BYTES_PER_THREAD = 6 * 2**20
+MIN_IMAGES = 2  # a single image takes other algorithms of some convolutions
+
+# Of each stage, the settings met so far: False at first sight, then whether chunks give the same bits.
+_known: "weakref.WeakKeyDictionary[DGStage, dict[tuple[object, ...], bool | None]]" = weakref.WeakKeyDictionary()
+_MAX_SETTINGS = 64  # of a stage; a model that sees more shapes than these is not chunked for the others
+
+
+def num_chunks(stage: DGStage, x: Tensor) -> int:
+    """In how many chunks a batch may run: (batch, in_chs, height, width) of plain memory -> at least 1.
+
+    A hook on a module of the stage sees the whole batch, and so does a norm that takes its statistics.
+    """
+    if (
+        x.device.type != "cpu"
+        or stage.training
+        or stage.peak_ratio is None
+        or len(x) < 2 * MIN_IMAGES
+        or torch.is_grad_enabled()
+    ):
+        return 1
+    per_image = stage.peak_ratio * x[0].numel() * x.element_size()
+    weights = sum(p.numel() for p in stage.parameters()) * x.element_size()
+    threads = torch.get_num_threads()
+    images = max(MIN_IMAGES, threads, threads * CHUNK_BYTES_PER_THREAD / per_image, weights / per_image)
+    chunks = int(len(x) // images)
+    if chunks > 1 and (_compat.has_global_hooks() or any(_sees_the_batch(m) for m in stage.modules())):
+        return 1
+    return max(chunks, 1)
+
+
+def run_chunks(run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> Tensor:
+    """Run a batch in chunks, one after another."""
+    return torch.cat([run(chunk) for chunk in x.tensor_split(chunks)]) if chunks > 1 else run(x)
+
+
+def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
+    """Whether this many chunks are known to give what the whole batch gives, to the bit.
+
+    The first call for a shape says no, so that a shape that never comes again costs nothing; the second one finds out.
+    """
+    known = _known.setdefault(stage, {})
+    setting = (x.shape, x.stride(), x.dtype, chunks, torch.get_num_threads(), torch.backends.mkldnn.is_available())
+    if setting not in known:
+        if len(known) < _MAX_SETTINGS:
+            known[setting] = None
+        return False
+    found = known[setting]
+    if found is None:
+        generator = torch.Generator().manual_seed(0)  # no random number of the user's is drawn
+        probe = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+        found = known[setting] = torch.equal(run(probe), run_chunks(run, probe, chunks))
+    return found
+
+
+def _sees_the_batch(module: nn.Module) -> bool:
+    """Whether a module's result may depend on the batch as a whole, or somebody watches it."""
+    return (
+        module.training
+        or (isinstance(module, BATCH_NORMS) and module.running_mean is None)
+        or _compat.has_hooks(module)
+    )

@@ -1,0 +1,59 @@
+"""Choose how a stage runs: the one place where settings, the request of a call, and what is possible meet."""
+
+import torch
+from torch import Tensor
+
+from dg_timm.execution import autograd, chunking, operators, sparse
+from dg_timm.execution.cost_gates import LearningCost
+from dg_timm.execution.dense import Checkpointed, Dense, unused_parameters
+from dg_timm.graph.context import Request, request
+from dg_timm.graph.stage import DGStage
+
+
+def run_stage(stage: DGStage, x: Tensor) -> Tensor:
+    """Run a stage: (batch, in_chs, H, W) -> (batch, out_chs, H', W').
+
+    In dense and fixed execution there is no control flow that depends on values. A request of the call
+    (:mod:`dg_timm.graph.context`) comes before the stage's own settings.
+    """
+    asked = request()
+    execution = asked.execution or stage.execution
+    if execution == "sparse":
+        return _run_sparse(stage, x)
+    topology = stage.topology if execution == "fixed" else stage.edges
+    plain = operators.is_plain(x)
+
+    def run(x: Tensor) -> Tensor:
+        return stage.run(_executor(stage, topology, plain, asked), x)
+
+    watched = asked.recorder is not None or asked.gates is not None
+    chunks = chunking.num_chunks(stage, x) if plain and not watched else 1
+    if chunks > 1 and chunking.is_exact(stage, run, x, chunks):
+        return chunking.run_chunks(run, x, chunks)
+    out = run(x)
+    if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked)):
+        unused = unused_parameters(stage, topology, asked.threshold is not None)
+        out = autograd.TakePart.apply(out, *unused) if unused else out
+    return out
+
+
+def _executor(stage: DGStage, topology: list[list[int]], plain: bool, asked: Request) -> Dense:
+    if asked.gates is not None and stage in asked.gates:
+        return LearningCost(stage, topology, plain, asked.recorder, gates=asked.gates[stage])
+    kind = Checkpointed if stage.grad_checkpointing and torch.is_grad_enabled() else Dense
+    return kind(stage, topology, plain, asked.recorder)
+
+
+def _has_fixed_threshold(stage: DGStage, asked: Request) -> bool:
+    return asked.threshold is not None or stage.router0.fixed_threshold is not None  # type: ignore[union-attr]
+
+
+@torch.compiler.disable(reason="sparse execution chooses what to run by the image")
+def _run_sparse(stage: DGStage, x: Tensor) -> Tensor:
+    sparse.refuse_recording(x)
+    sparse.refuse_training(stage)
+    if x.is_meta:  # only shapes are asked for
+        return stage.run(Dense(stage, stage.edges, plain=False), x)
+    with torch.no_grad():
+        out = chunking.run_chunks(lambda part: sparse.run_sparse(stage, part), x, chunking.num_chunks(stage, x))
+    return sparse.without_gradient(stage, x, out)

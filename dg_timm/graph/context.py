@@ -1,0 +1,60 @@
+"""What one call asks of the stages that it runs, without a mark on the model that other threads share.
+
+:func:`dg_timm.adjacency`, :func:`dg_timm.cost` and the expected cost run a model in another way than its user set.
+They say so here, in a context variable: each thread and each asyncio task has its own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dg_timm.graph.router import Router
+    from dg_timm.graph.stage import DGStage
+
+
+class Recorder(Protocol):
+    """Takes what the routers give while a stage runs."""
+
+    def keep(self, stage: "DGStage", node: int, router: "Router", pooled: Tensor, row: Tensor) -> None:
+        """Take one node's pooled feature (batch, channels) and the weights of its edges (batch, edges)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What overrides a model's own settings for one call; None leaves them.
+
+    Attributes:
+        execution: ``dense``, ``sparse`` or ``fixed``.
+        threshold: of every node.
+        recorder: takes the weights of all edges.
+        gates: {stage: :class:`dg_timm.execution.gates.Gates`}, while a cost is learned.
+    """
+
+    execution: str | None = None
+    threshold: float | None = None
+    recorder: Recorder | None = None
+    gates: dict[Any, Any] | None = None
+
+
+_NOTHING = Request()
+_request: ContextVar[Request] = ContextVar("dg_timm_request", default=_NOTHING)
+
+
+def request() -> Request:
+    """What the call that is under way asks for."""
+    return _request.get()
+
+
+@contextlib.contextmanager
+def requesting(**changes: Any) -> Iterator[None]:
+    """Ask for something in this thread until the ``with`` block ends: the attributes of :class:`Request`."""
+    token = _request.set(replace(_request.get(), **changes))
+    try:
+        yield
+    finally:
+        _request.reset(token)

@@ -1,0 +1,93 @@
+"""A stage for TorchScript, which is deprecated in torch and still part of timm's contract.
+
+TorchScript unrolls loops over children and resolves ``hasattr`` while it compiles, and can do little else of what a
+stage does; so it gets a loop of its own, over the reference formulas.
+"""
+
+from typing import Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm._errors import BadState
+from dg_timm.graph import edges
+from dg_timm.graph.stage import DGStage
+
+
+class ScriptableStage(DGStage):
+    """A stage that TorchScript can compile. In eager mode it is the stage that it was made from.
+
+    ``torch.jit.script`` leaves it in the place of the original, so it must go on being a stage.
+    """
+
+    topology: List[List[int]]
+    num_entry: int
+
+    @classmethod
+    def of(cls, stage: DGStage) -> "ScriptableStage":
+        """Make a scriptable stage that shares every module and setting with ``stage``."""
+        if stage.execution == "sparse":
+            raise BadState("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        # torch binds load hooks to their module, so this one registers its own
+        made.__dict__ |= {key: own for key, own in stage.__dict__.items() if not key.startswith("_load_state_dict")}
+        if stage.load_hook is not None:
+            made.on_load(stage.load_hook)
+        made.num_entry = len(stage.entry_names)
+        return made
+
+    def __prepare_scriptable__(self) -> "ScriptableStage":
+        return self if self.execution != "sparse" else ScriptableStage.of(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`DGStage.forward`; compiled, in dense or fixed execution."""
+        if not torch.jit.is_scripting():
+            return self.run_eagerly(x)
+        feature = x  # of the last node; of node 0 first
+        is_projected = False  # node 0's feature is a module's projection of x; block 1 reads x
+        for child in self.children():
+            if hasattr(child, "projects_shortcut"):
+                feature = child.project(x)  # type: ignore[operator]
+        features: List[Tensor] = []
+        weights: List[Dict[int, Tensor]] = []  # of every node: of the edges that leave it, by target
+        into = torch.empty(0)  # weights of the edges into the last node
+        for index, child in enumerate(self.children()):
+            node = len(features)  # the next one
+            if hasattr(child, "targets"):
+                row: Dict[int, Tensor] = {}
+                if node == 0 or len(self.topology[node]) > 0:
+                    active: Optional[Tensor] = None if node == 0 else edges.has_open_input(into)
+                    given = child(edges.global_average_pool(feature), active)
+                    for k, target in enumerate(child.targets):  # type: ignore[arg-type]
+                        row[target] = given[:, k]
+                features.append(feature)
+                weights.append(row)
+            elif hasattr(child, "projects_input"):
+                feature, is_projected = child(x), True
+            elif hasattr(child, "residual"):  # such a block is called by that name alone
+                if len(self.topology[node]) > 0:
+                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    sources = [features[i] for i in self.topology[node]]
+                    shortcut: Optional[Tensor] = None
+                    if hasattr(child, "projects_shortcut"):
+                        if self.block_shortcut:
+                            shortcut = edges.weighted_sum(sources, into)
+                        sources = [x]
+                    z = edges.weighted_sum(sources, into)
+                    feature = child.residual(z, shortcut)  # type: ignore[operator]
+            elif index < self.num_entry:
+                x = child(x)
+                feature = x
+            elif len(self.topology[node]) > 0:
+                into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                sources = [features[i] for i in self.topology[node]]
+                feature = child(edges.weighted_sum([x] if node == 1 and is_projected else sources, into))
+        output = len(features)
+        into = torch.stack([weights[i][output] for i in self.topology[output]], dim=1)
+        return edges.weighted_sum([features[i] for i in self.topology[output]], into)
+
+    @torch.jit.unused
+    def run_eagerly(self, x: Tensor) -> Tensor:
+        """Run as the original stage does."""
+        return self.engine(self, x)

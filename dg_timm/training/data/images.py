@@ -1,0 +1,133 @@
+"""Decode and augment the images that keys name, and put them together in batches of a fixed size."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image as Pillow
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dg_timm.training.data.samplers import SampleKey
+from dg_timm.training.data.seeding import seeded
+from dg_timm.training.data.sources import Split
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class Batch(NamedTuple):
+    """A batch of a fixed number of images.
+
+    Attributes:
+        images: (batch, channels, height, width) float32, normalized.
+        labels: (batch,) int64.
+        sample_mask: (batch,) float32; 0 for a row that only fills the batch up, otherwise 1.
+        rows: (batch, 2) int64; the shard and the row of every image.
+        unreadable: a line for every row whose image can't be decoded.
+        row_errors: a line for every row whose label is no class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_mask: Tensor
+    rows: Tensor
+    unreadable: list[str]
+    row_errors: list[str]
+
+    def masked_out(self) -> "Batch":
+        """Return the same images, none of which counts."""
+        return self._replace(sample_mask=torch.zeros_like(self.sample_mask), unreadable=[], row_errors=[])
+
+    def move_to(self, device: torch.device, layout: torch.memory_format) -> "Batch":
+        """Return the same batch on a device, with its images in a memory layout."""
+        moved: Batch = send_to_device(self, device, non_blocking=True)
+        return moved._replace(images=moved.images.contiguous(memory_format=layout))
+
+
+class Unreadable(NamedTuple):
+    """Stand for a row whose image can't be decoded; ``where`` names the row and the reason."""
+
+    where: str
+
+
+class Images(Dataset[Any]):
+    """Decode and transform the rows of a split; workers of a loader call it.
+
+    An item is (image, label, key), an :class:`Unreadable`, or a text that names a row whose label is no class.
+
+    Args:
+        split: from :func:`dg_timm.training.data.sources.load_splits`.
+        transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does.
+        label_names: one name for each class.
+        channels: 1, 3 or 4.
+        seed: of the augmentation; None if ``transform`` is not random.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable[[Any], Tensor],
+        label_names: Sequence[str],
+        *,
+        channels: int = 3,
+        seed: int | None = None,
+    ) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
+        self.classes = len(label_names)
+        self.class_of = {name: k for k, name in enumerate(label_names)}
+        self.mode = _MODES[channels]
+        self.decoder = datasets.Image()
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, SampleKey] | Unreadable | str:
+        example = self.split.rows[key.row] if key.example is None else key.example
+        value, label = example["image"], example["label"]
+        if isinstance(label, str):
+            label = self.class_of.get(label, label)
+        if not isinstance(label, int) or not 0 <= label < self.classes:
+            return f"{self._name(key, value)} has the label {label!r}, outside 0..{self.classes - 1}"
+        try:
+            image = self.decoder.decode_example(value).convert(self.mode)
+        except (OSError, SyntaxError, ValueError, TypeError, Pillow.DecompressionBombError) as error:
+            return Unreadable(f"{self._name(key, value)}: {error or type(error).__name__}")
+        if self.seed is None:
+            return self.transform(image), label, key
+        with seeded(self.seed, key.epoch, key.shard, key.row, key.copy):
+            return self.transform(image), label, key
+
+    def _name(self, key: SampleKey, value: Any) -> str:
+        """Name a row for people: its number in the data set, its shard, and its file where that is known."""
+        streamed = key.example is not None
+        row = f"row {key.row} of shard {key.shard}" if streamed else f"row {self.split.source_row(key.row)}"
+        path = value.get("path") if isinstance(value, dict) else None
+        return f"{row} of {self.split.name}" + (f" ({path})" if path else "")
+
+
+class Collate:
+    """Put rows together in a :class:`Batch` that is filled up to a fixed size.
+
+    Shapes then stay the same for a compiler, and an image's logits don't depend on how full its batch is.
+
+    Args:
+        batch_size: number of images in every batch.
+        image_size: (channels, height, width).
+    """
+
+    def __init__(self, batch_size: int, image_size: tuple[int, int, int]) -> None:
+        self.batch_size, self.image_size = batch_size, image_size
+
+    def __call__(self, rows: list[Any]) -> Batch:
+        """Batch the items of :class:`Images`; without a readable row, no image of the batch counts."""
+        good = [row for row in rows if type(row) is tuple]
+        shown = [good[k % len(good)] for k in range(self.batch_size)] if good else []
+        mask = torch.zeros(self.batch_size)
+        mask[: len(good)] = 1.0
+        return Batch(
+            torch.stack([row[0] for row in shown]) if good else torch.zeros(self.batch_size, *self.image_size),
+            torch.tensor([row[1] for row in shown] or [0] * self.batch_size),
+            mask,
+            torch.tensor([[row[2].shard, row[2].row] for row in shown] or [[-1, -1]] * self.batch_size),
+            [row.where for row in rows if isinstance(row, Unreadable)],
+            [row for row in rows if isinstance(row, str)],
+        )

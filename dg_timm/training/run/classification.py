@@ -1,0 +1,183 @@
+"""The training of a classifier, as a task of the training loop."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from dg_timm._errors import BadValue
+from dg_timm._hardware import describe_hardware
+from dg_timm._version import __version__
+from dg_timm.analysis.counting import cost
+from dg_timm.graph.stage import graph_stages
+from dg_timm.hub.card import Accuracy, Card
+from dg_timm.hub.config import write_config
+from dg_timm.training.data.loader import Loader, sample_images
+from dg_timm.training.data.sources import Splits
+from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
+from dg_timm.training.loop.report import TOP1, Metric, Row
+from dg_timm.training.run.build import Network, build_network, with_cost_target
+from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
+from dg_timm.training.run.fine_tuning import save_model
+from dg_timm.training.run.task import TrainingTask
+
+# A point of top-1 is worth a hundredth of the static network's cost: a network that is too dear is not the best.
+VALUE = Metric("value", "top-1 (%) less 100 x (cost - target)")
+VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
+GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
+
+
+def build_classification(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit) -> TrainingTask:
+    """Build data, network, loss and evaluation of a classification; write nothing.
+
+    Raises:
+        BadValue: naming the option that can't be used.
+    """
+    if (args.mixup or args.cutmix) and split.micro_batch % 2:
+        raise BadValue(f"mixup pairs the images of a batch: the micro-batch must be even, not {split.micro_batch}")
+    with accelerator.local_main_process_first():
+        splits = load_data(args)
+    num_classes, rows = _count_classes(args, splits), _count_rows(args, splits)
+    set_seed(args.seed)
+    network = build_network(args, num_classes, accelerator)
+    transforms = make_transforms(args, network.data_config)
+    names, config = splits.label_names, network.data_config
+    loader = make_loader(
+        splits.train, args, transforms[0], names, split.micro_batch, accelerator, config, training=True
+    )
+    val_batch = args.val_batch_size or VAL_BATCH
+    val_loader = make_loader(splits.test, args, transforms[1], names, val_batch, accelerator, config, training=False)
+    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
+    objective = with_cost_target(args, network, args.updates or args.epochs * updates_per_epoch)
+    evaluation = _Evaluation(args, network, val_loader, accelerator)
+    output = _Output(args, network, splits)
+
+    def on_epoch(epoch: int) -> None:
+        mixup = network.objective.mixup
+        if mixup is not None and args.mixup_off_epoch:
+            mixup.mixup_enabled = epoch < args.mixup_off_epoch
+
+    return TrainingTask(
+        model=network.model,
+        objective=objective,
+        loader=loader,
+        val_loader=val_loader,
+        updates_per_epoch=updates_per_epoch,
+        evaluate=evaluation.evaluate,
+        metric=TOP1 if args.target_cost is None else VALUE,
+        observe=evaluation.observe,
+        write_config=output.write_config,
+        export=output.export,
+        images=f"{rows} images, {num_classes} classes",
+        on_epoch=on_epoch,
+        fixed_norms=args.freeze_norm,
+    )
+
+
+def _count_classes(args: argparse.Namespace, splits: Splits) -> int:
+    known = len(splits.label_names)
+    if args.num_classes and args.num_classes < known:
+        raise BadValue(f"--num-classes {args.num_classes} is fewer than the {known} classes of {args.data}")
+    return int(args.num_classes or known)
+
+
+def _count_rows(args: argparse.Namespace, splits: Splits) -> int:
+    rows = (splits.train.streamed and args.epoch_size) or splits.train.size
+    if rows is None:
+        raise BadValue(f"{args.data} does not tell how many rows it has; give --epoch-size (the schedule needs it)")
+    return int(rows)
+
+
+class _Evaluation:
+    """The figures of a network on the held-out images: accuracy, cost where one is aimed at, and the graph's."""
+
+    def __init__(
+        self, args: argparse.Namespace, network: Network, val_loader: Loader, accelerator: Accelerator
+    ) -> None:
+        self.args, self.val_loader, self.accelerator = args, val_loader, accelerator
+        self.num_classes = network.objective.num_classes
+        self.sample: Tensor | None = None
+        if graph_stages(network.model) and (accelerator.is_main_process or args.target_cost is not None):
+            self.sample = sample_images(val_loader, GRAPH_IMAGES).to(accelerator.device)
+
+    def evaluate(self, candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
+        """Evaluate on all held-out images."""
+        batches, layout = self.val_loader.epoch(0), self.args.channels_last
+        result = evaluate_model(candidate, batches, self.accelerator, channels_last=layout, stop=stopping)
+        row: Row = {"loss": result.loss, "top1": result.top1}
+        row |= {"top5": result.top5} if self.num_classes > 5 else {}
+        if self.args.target_cost is not None and self.sample is not None:
+            mean = cost(candidate, self.sample).mean().item()
+            row |= {"cost": mean, "value": result.top1 - 100 * max(0.0, mean - self.args.target_cost)}
+        return row
+
+    def observe(self, candidate: nn.Module) -> Row:
+        """Describe the graph on some of the images."""
+        return graph_statistics(candidate, self.sample) if self.sample is not None else {}
+
+
+class _Output:
+    """What a run writes of its network, with the names of its classes."""
+
+    def __init__(self, args: argparse.Namespace, network: Network, splits: Splits) -> None:
+        self.args, self.network, self.images = args, network, splits.test.size
+        complete = network.objective.num_classes == len(splits.label_names)
+        self.label_names = splits.label_names if complete else None
+
+    def write_config(self, network: nn.Module, folder: Path) -> None:
+        """Write the config.json of a checkpoint."""
+        write_config(
+            network, folder / "config.json", label_names=self.label_names, data_config=self.network.data_config
+        )
+
+    def export(self, best: nn.Module, row: Row, epochs: int, average: bool) -> None:
+        """Write the best network in Hub layout."""
+        save_model(
+            best,
+            Path(self.args.output) / "model",
+            label_names=self.label_names,
+            data_config=self.network.data_config,
+            card=make_card(self.args, row, epochs, self.network.random, average, self.images),
+        )
+
+
+def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None) -> Card:
+    """Write what the card says of the training, and only what this run measured.
+
+    Args:
+        args: options of the run.
+        row: of the summary, of the epoch whose network is saved.
+        epochs: that the run was to have.
+        random: whether the network started from random weights.
+        ema: whether the average of the weights is saved.
+        images: number of images that were evaluated; None if unknown.
+    """
+    path = Path(args.data)
+    name = path.name if path.exists() else args.data
+    source = "from the published weights"
+    if not args.pretrained:
+        source = f"from {Path(args.initial_checkpoint or args.model).name}"
+    lr = scaled_lr(args.lr, args.batch_size, args.lr_base_batch, args.lr_base_scale)
+    made = {
+        "Training": f"{'from scratch' if random else source}, by `train_scripts/train.py` of dg_timm {__version__}",
+        "Recipe": f"{Path(args.recipe or 'none').stem}; {row['epoch']} of {epochs} epochs, {args.opt}, "
+        f"learning rate {lr:g}, batch {args.batch_size}" + (", average of the weights" if ema else ""),
+    }
+    if args.distill not in (None, "none"):
+        made["Distilled from"] = Path(args.distill).name
+    made |= {"Hardware": describe_hardware(), "Seed": str(args.seed)}
+    on_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", args.data) and not path.exists() else None
+    measured = Accuracy(
+        dataset=name,
+        value=float(row["ema_top1" if ema else "eval_top1"]),
+        split=args.val_split or "held out",  # which one it was depends on the data set
+        images=images,
+        spread="one seed, the best epoch on these images",
+        hub_dataset=on_hub,
+    )
+    return Card(datasets=[on_hub] if on_hub else [], made=made, accuracies=[measured])
