@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.scripts import execute, python
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,7 +17,7 @@ def built(tmp_path_factory):
     """Build with what is installed (no isolation): the sdist, and from it the wheel."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    process = execute(command)
     assert process.returncode == 0, process.stdout + process.stderr
     return out
 
@@ -31,6 +33,13 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     }
     shipped |= {"dg_timm/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == shipped
+    assert {
+        "dg_timm/execution/backends/cpu.c",
+        "dg_timm/hub/card_template.md",
+        "dg_timm/models/pretrained/dg_cifar_resnet26.cifar10/model.safetensors",
+        "dg_timm/recipes/digits.yaml",
+        "dg_timm/recipes/detection/digits.yaml",
+    } <= shipped
 
 
 def test_the_wheel_works_without_the_repository(built, tmp_path):
@@ -39,7 +48,6 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
     program = (
-        f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import dg_timm, timm, torch\n"
         f"assert dg_timm.__file__.startswith({str(site)!r}), dg_timm.__file__\n"
         "model = timm.create_model('dg_resnet18', num_classes=3).eval()\n"
@@ -47,11 +55,12 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
         "again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()\n"
         "x = torch.randn(1, 3, 64, 64)\n"
         "assert torch.equal(again(x), model(x))\n"
+        "shipped = timm.create_model('dg_cifar_resnet26.cifar10', pretrained=True).eval()\n"
+        "assert dg_timm.cost(shipped, torch.randn(2, 3, 32, 32)).max() < 1\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
-    )
-    assert process.returncode == 0, process.stderr
+    for words in (["-c", program], ["-m", "dg_timm.cli.train", "--recipe", "digits", "--dry-run"]):
+        process = python(*words, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+        assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.slow
@@ -60,17 +69,15 @@ def test_the_wheel_installs_into_an_empty_environment(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    python = venv / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
+    interpreter = str(venv / "bin" / "python")
+    subprocess.run([interpreter, "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
     program = (
         "import dg_timm, timm, torch; m = timm.create_model('dg_regnetx_002').eval()\n"
         "print(sorted(dg_timm.adjacency(m, torch.randn(1, 3, 64, 64))))\n"
         "try:\n    dg_timm.draw_wiring(dg_timm.adjacency(m, torch.randn(1, 3, 64, 64)), 'x.png')\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    process = subprocess.run(
-        [str(python), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
-    )
+    process = execute([interpreter, "-c", program], cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "['s1', 's2', 's3', 's4']" in process.stdout
     assert "pip install 'dg-timm[plots]'" in process.stdout
