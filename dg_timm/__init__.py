@@ -10,7 +10,7 @@ from dg_timm._errors import UserError
 from dg_timm._version import __version__
 from dg_timm.analysis.counting import Complexity, complexity, cost
 from dg_timm.analysis.plot import draw_wiring
-from dg_timm.analysis.recorder import adjacency, majority_topology, record_adjacency
+from dg_timm.analysis.recorder import adjacency, majority_topology, record_adjacency, skipped_nodes
 from dg_timm.budget.calibration import calibrate, threshold_curve
 from dg_timm.budget.norms import refit_norms
 from dg_timm.conversion.convert import dynamize
@@ -41,5 +41,6 @@ __all__ = [
     "save_pretrained",
     "set_execution",
     "set_threshold",
+    "skipped_nodes",
     "threshold_curve",
 ]

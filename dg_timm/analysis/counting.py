@@ -136,6 +136,11 @@ class StageCosts:
     nodes: list[int]
     edges: Tensor
 
+    @property
+    def blocks(self) -> list[int]:
+        """Of nodes 1..B, with every edge into them."""
+        return [own + int(self.edges[:, node].sum()) for node, own in enumerate(self.nodes, start=1)]
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -184,10 +189,14 @@ def count_costs(model: nn.Module, input_size: Size | None = None) -> Costs:
 
 
 def _node_macs(name: str, stage: DGStage, layers: dict[str, int]) -> list[int]:
-    """Multiply-adds of the block and router of nodes 1..B; a projection for node 0 always runs, and is not counted."""
+    """Multiply-adds of the block and router of nodes 1..B, without what always runs.
+
+    A projection for node 0 does, and in a stage with gates every gate and router: an image that skips a node is
+    weighed, too.
+    """
     found = []
     for node, block in enumerate(stage.block_names, start=1):
-        own = (f"{name}.{block}.", f"{name}.router{node}.")
+        own = (f"{name}.{block}.",) if stage.gates else (f"{name}.{block}.", f"{name}.router{node}.")
         always = f"{name}.{block}.downsample." if node == 1 and stage.input_node == "shortcut" else "\0"
         found.append(sum(m for layer, m in layers.items() if layer.startswith(own) and not layer.startswith(always)))
     return found

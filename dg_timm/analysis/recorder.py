@@ -1,6 +1,6 @@
 """Record the adjacency of each image as the network runs, without a trace on the network."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,20 +11,25 @@ from dg_timm._modes import evaluating
 from dg_timm._views import eval_view
 from dg_timm.graph.context import request, requesting
 from dg_timm.graph.edges import adjacency_matrix
+from dg_timm.graph.gate import splice
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage, require_dynamic
 
-# (router, pooled feature, weights of the edges that leave its node) -> what to record of them, (batch, edges, ...)
-RowOf = Callable[[Router, Tensor, Tensor], Tensor]
-
 
 class AdjacencyRecorder:
-    """Collects what routers give, and assembles the adjacency of each stage when its last router has spoken."""
+    """Collects what routers and gates give, and assembles the adjacency of each stage when its last router has spoken.
 
-    def __init__(self, names: dict[DGStage, str], row_of: RowOf) -> None:
+    Attributes:
+        recorded: {stage: (batch, N, N)}, skipped nodes spliced out.
+        skipped: {stage: (batch, N) bool}, of stages with gates.
+    """
+
+    def __init__(self, names: dict[DGStage, str]) -> None:
         self.recorded: dict[str, Tensor] = {}
-        self._names, self._row_of = names, row_of
+        self._names = names
+        self.skipped: dict[str, Tensor] = {}
         self._rows: dict[str, dict[int, tuple[Tensor, list[int]]]] = {}
+        self._skipped: dict[str, dict[int, Tensor]] = {}
 
     def keep(self, stage: DGStage, node: int, router: Router, pooled: Tensor, row: Tensor) -> None:
         """Take the row of one node."""
@@ -34,13 +39,26 @@ class AdjacencyRecorder:
         rows = self._rows.setdefault(name, {})
         if node == 0:  # what is left of a forward pass that was interrupted goes
             rows.clear()
-        rows[node] = (self._row_of(router, pooled, row), router.targets)
+            self._skipped.pop(name, None)
+        rows[node] = (row.detach(), router.targets)
         if node == len(stage.edges) - 2:
             of_nodes = [rows[k] for k in range(len(rows))]
-            self.recorded[name] = adjacency_matrix([row for row, _ in of_nodes], [targets for _, targets in of_nodes])
+            alpha = adjacency_matrix([row for row, _ in of_nodes], [targets for _, targets in of_nodes])
+            if name in self._skipped:
+                skipped = alpha.new_zeros(alpha.shape[:2], dtype=torch.bool)
+                for k, of_node in self._skipped.pop(name).items():
+                    skipped[:, k] = of_node
+                self.skipped[name] = skipped
+                alpha = splice(alpha, skipped)
+            self.recorded[name] = alpha
+
+    def keep_gate(self, stage: DGStage, node: int, runs: Tensor) -> None:
+        """Take what the gate of one node says."""
+        name = self._names.get(stage)
+        if name is not None:
+            self._skipped.setdefault(name, {})[node] = ~runs[:, 0]
 
 
-@torch.no_grad()
 def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Give the edge weights of every image, stage by stage.
 
@@ -53,7 +71,8 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``{stage name: alpha}`` in the order in which the stages run; alpha is (batch, N, N), [source, target], strictly
-        upper triangular, for N - 2 blocks. A closed edge is exactly 0; so is every edge of a removed node.
+        upper triangular, for N - 2 blocks. A closed edge is exactly 0; so is every edge of a removed or skipped node.
+        What a skipped node passes on is part of the edges past it.
 
     Raises:
         BadType: if ``images`` is not a tensor.
@@ -64,12 +83,32 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     >>> {name: tuple(alpha.shape) for name, alpha in dg_timm.adjacency(model, torch.randn(2, 3, 64, 64)).items()}
     {'layer1': (2, 4, 4), 'layer2': (2, 4, 4), 'layer3': (2, 4, 4), 'layer4': (2, 4, 4)}
     """
+    return record(model, images).recorded
+
+
+def skipped_nodes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Say which nodes each image skips, because their gate is closed; as :func:`adjacency` for the rest.
+
+    Returns:
+        ``{stage name: (batch, N) bool}``, of stages with gates, in the order in which they run.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18", gates=True)
+    >>> int(sum(of_stage.sum() for of_stage in dg_timm.skipped_nodes(model, torch.randn(2, 3, 64, 64)).values()))
+    0
+    """
+    return record(model, images).skipped
+
+
+@torch.no_grad()
+def record(model: nn.Module, images: Tensor) -> AdjacencyRecorder:
+    """Run a model in dense execution and eval mode, and give what its routers and gates say."""
     if not isinstance(images, Tensor):
         raise BadType(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     require_dynamic(model)
-    with _evaluated(model) as view, requesting(execution="dense"), record_adjacency(view) as recorded:
+    with _evaluated(model) as view, requesting(execution="dense"), recording(view) as recorder:
         view(images)
-    return recorded
+    return recorder
 
 
 @contextmanager
@@ -85,17 +124,13 @@ def _evaluated(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def record_adjacency(
-    model: nn.Module, row_of: RowOf = lambda router, pooled, row: row.detach()
-) -> Iterator[dict[str, Tensor]]:
+def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the adjacency of the last forward pass inside the ``with`` block, at no cost of a second one.
 
     Only passes of this thread, in dense execution, are seen; the model is not touched.
 
     Args:
         model: a dynamic graph network.
-        row_of: what to record of each router: (router, pooled feature (batch, channels), weights (batch, edges)) ->
-            (batch, edges, ...).
 
     Returns:
         ``{stage name: alpha}``, filled as stages run; see :func:`dg_timm.adjacency`.
@@ -113,9 +148,16 @@ def record_adjacency(
     stages = require_dynamic(model)
     if request().execution != "dense" and any(stage.execution != "dense" for stage in stages.values()):
         raise BadValue("the adjacency is recorded in dense execution: dg_timm.set_execution(model, 'dense') first")
-    recorder = AdjacencyRecorder({stage: name for name, stage in stages.items()}, row_of)
-    with requesting(recorder=recorder):
+    with recording(model) as recorder:
         yield recorder.recorded
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[AdjacencyRecorder]:
+    """As :func:`record_adjacency`, with what the gates say; nothing is checked."""
+    recorder = AdjacencyRecorder({stage: name for name, stage in require_dynamic(model).items()})
+    with requesting(recorder=recorder):
+        yield recorder
 
 
 def majority_topology(model: nn.Module, batches: Iterable[Tensor], share: float = 0.5) -> dict[str, Tensor]:

@@ -8,42 +8,56 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadValue
 from dg_timm.analysis.counting import Costs, Size, count_costs
-from dg_timm.execution.cost_gates import Gates
-from dg_timm.graph.context import requesting
-from dg_timm.graph.edges import adjacency_matrix, straight_through
-from dg_timm.graph.router import Router
-from dg_timm.graph.stage import require_dynamic
+from dg_timm.graph.context import GateSampling, requesting
+from dg_timm.graph.gate import gates
+from dg_timm.graph.stage import DGStage, require_dynamic
 
 
 class ExpectedCost:
     """The cost of every image of a forward pass that trains, with a gradient for the gate of every block.
 
-    Its value is exactly :func:`dg_timm.cost`, with the noise of the gates if there is any. Its gradient is that of
-    the blocks' gates (:mod:`dg_timm.execution.cost_gates`): so the weights of edges learn to close and open nodes. What
-    edges cost themselves, about a hundredth, is in the value only.
+    Its value counts blocks, with the noise of the gates if there is any, and takes every edge into a block that runs
+    as read: :func:`dg_timm.cost` is at most this. What edges cost is about a hundredth.
 
     Args:
-        model: a dynamic graph network, in dense execution; not touched.
+        model: a dynamic graph network with gates, in dense execution; not touched.
         input_size: (channels, height, width) of its images; by default that of its configuration.
 
     Raises:
-        BadValue: if the model is static.
+        BadValue: if the model is static, or has no gates.
     """
 
     def __init__(self, model: nn.Module, input_size: Size | None = None) -> None:
         require_dynamic(model)
+        if not gates(model):
+            raise BadValue("a cost is learned by gates, and this network has none: convert it with gates=True")
         self.model = model
         self.costs: Costs = count_costs(model, input_size)
+        into_outputs = sum(float(stage.edges[:, -1].sum()) for stage in self.costs.stages.values())
+        self.always = self.costs.always_run + into_outputs
+
+    @property
+    def minimum(self) -> float:
+        """The cost at which every gate is closed, relative to the static network."""
+        return self.always / self.costs.static_total
 
     @contextmanager
-    def recording(self, noise: float = 0.0, seed: int = 0) -> Iterator[Callable[[], Tensor]]:
-        """Call what this gives after a forward pass of the model inside the ``with`` block: (batch,) relative costs.
+    def recording(
+        self, batch: int, *, noise: float = 0.0, seed: int = 0, budgets: Tensor | None = None
+    ) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """Call what this gives after a forward pass of the model inside the ``with`` block.
 
         Only passes of this thread are seen.
 
         Args:
-            noise: scale of the noise on the logarithm of |weight| / threshold by which a node runs or does not.
+            batch: number of images of the pass.
+            noise: scale of the logistic noise on the gates' logits.
             seed: of that noise.
+            budgets: (batch,), what each image's gates aim at (:attr:`dg_timm.graph.gate.Gate.budget`).
+
+        Yields:
+            A function that gives (batch,) relative costs, to learn from, and (batch,) shares of blocks that are
+            skipped.
 
         Raises:
             BadValue: if the model is not in dense execution.
@@ -51,21 +65,27 @@ class ExpectedCost:
         stages = {name: stage for name, stage in require_dynamic(self.model).items() if name in self.costs.stages}
         if any(stage.execution != "dense" for stage in stages.values()):
             raise BadValue("a cost is learned in dense execution: dg_timm.set_execution(model, 'dense') first")
-        generator = torch.Generator().manual_seed(seed)
-        gates = {name: Gates(noise, generator) for name in stages}
-        with requesting(gates={stage: gates[name] for name, stage in stages.items()}):
-            yield lambda: self._relative(gates)
+        device = next(self.model.parameters()).device
+        sampling = GateSampling(_logistic(list(stages.values()), batch, noise, seed, device) if noise else None)
+        if budgets is not None:
+            sampling.budgets = budgets[:, None].to(device, torch.float32)
+        with requesting(gates=sampling):
+            yield lambda: self._relative(stages, sampling)
 
-    def _relative(self, gates: dict[str, Gates]) -> Tensor:
-        """(batch,): the cost, given the gates {stage: ...} of a forward pass."""
-        stages = require_dynamic(self.model)
-        opened = {}
-        for name, of_stage in gates.items():
-            routers = [stages[name].get_submodule(f"router{node}") for node in range(len(of_stage.rows))]
-            targets = [router.targets for router in routers if isinstance(router, Router)]
-            opened[name] = (adjacency_matrix(of_stage.rows, targets) != 0).float()
-        run = torch.zeros(())
-        for name, stage in self.costs.stages.items():
-            for own, gate in zip(stage.nodes, gates[name].gates, strict=True):
-                run = run + own * gate[:, 0]
-        return straight_through(run / self.costs.static_total, self.costs.relative(opened))
+    def _relative(self, stages: dict[str, DGStage], sampling: GateSampling) -> tuple[Tensor, Tensor]:
+        macs = [own for name in stages for own in self.costs.stages[name].blocks]
+        drawn = torch.cat([gate for stage in stages.values() for gate in sampling.drawn[stage]], dim=1)
+        run = drawn @ torch.tensor(macs, dtype=drawn.dtype, device=drawn.device)
+        return (self.always + run) / self.costs.static_total, (drawn.detach() == 0).float().mean(1)
+
+
+def _logistic(
+    stages: list[DGStage], batch: int, scale: float, seed: int, device: torch.device
+) -> dict[DGStage, Tensor]:
+    """Draw the difference of two Gumbel noises for every gate and image, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for stage in stages:
+        uniform = torch.rand(len(stage.block_names), batch, generator=generator).clamp(1e-6, 1 - 1e-6)
+        found[stage] = (uniform.logit() * scale).to(device, non_blocking=True)
+    return found

@@ -24,6 +24,7 @@ def dynamize(
     edge_scale: bool = True,
     block_shortcut: bool = True,
     instance_aware: bool = True,
+    gates: bool = False,
     topology: Topology = "complete",
     topology_seed: int = 0,
 ) -> nn.Module:
@@ -41,6 +42,8 @@ def dynamize(
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
             and MobileNetV2-like blocks). Needs ``identity=False``.
         instance_aware: False learns one weight an edge, the same for every image (the paper's ablation, Table 6).
+        gates: give every block a gate, by which an image can skip it: it is then not run, and its node passes on what
+            it read. All are open at the start. Train them with a cost target (``--target-cost``).
         topology: the edges that a stage has: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
             (:mod:`dg_timm.graph.topology`; needs ``identity=False`` and networkx); or the sources of every node by
             stage, ``{"layer1": [[], [0], [0, 1], ...], ...}``, as a saved network has them in its configuration.
@@ -62,6 +65,8 @@ def dynamize(
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     _check_options(**options)
+    if not isinstance(gates, bool):
+        raise BadType(f"gates must be True or False, got {gates!r}")
     if identity and topology != "complete":
         raise BadValue(
             f"identity conversion needs the complete topology, got {topology!r}: pass identity=False to train from "
@@ -71,7 +76,7 @@ def dynamize(
     checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     _set_checkpointing(model, checkpointing, False)  # it would hide the dataflow by which stages are found
     try:
-        _replace_stages(model, _make_stages(model, topology, topology_seed, options))
+        _replace_stages(model, _make_stages(model, topology, topology_seed, options | {"gates": gates}))
     finally:
         _set_checkpointing(model, checkpointing, True)
     return model

@@ -16,36 +16,50 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadState, BadValue
 from dg_timm.conversion.blocks import Projection
+from dg_timm.graph.gate import Gate, gates
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import GRAPH_OPTIONS, DGStage, graph_stages, routers
 
 _MAX_KEYS_SHOWN = 8
-_GRAPH_KEY = re.compile(r"(^|\.)(router\d+|projection)\.")
+_GRAPH_KEY = re.compile(r"(^|\.)(router\d+|gate\d+|projection)\.")
 
 
 def is_static(state_dict: Iterable[str]) -> bool:
-    """Say whether these are the keys of a static network: none is a router's or a projection's."""
+    """Say whether these are the keys of a static network: none is a router's, a gate's or a projection's."""
     return not any(_GRAPH_KEY.search(key) for key in state_dict)
 
 
 def is_identity(model: nn.Module) -> bool:
-    """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0.
+    """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0, no gate closes.
 
     Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force.
     """
-    return all(stage.is_complete() for stage in graph_stages(model).values()) and all(
-        router.scale is not None
-        and float(router.scale[0].detach()) == 2.0
-        and not bool(router.scale[1:].any())
-        and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
-        and not float(router.threshold.detach()) > 1.0
-        and not (router.fixed_threshold is not None and router.fixed_threshold > 1.0)
-        for router in routers(model).values()
+    return (
+        all(_is_always_open(gate) for gate in gates(model).values())
+        and all(stage.is_complete() for stage in graph_stages(model).values())
+        and all(
+            router.scale is not None
+            and float(router.scale[0].detach()) == 2.0
+            and not bool(router.scale[1:].any())
+            and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
+            and not float(router.threshold.detach()) > 1.0
+            and not (router.fixed_threshold is not None and router.fixed_threshold > 1.0)
+            for router in routers(model).values()
+        )
     )
 
 
+def _is_always_open(gate: Gate) -> bool:
+    if gate.budget is None:
+        return True
+    bias = float(gate.fc.bias.detach()) + float(gate.shift.detach()) * (1 - gate.budget)
+    return not bool(gate.fc.weight.any()) and bias >= 0
+
+
 def to_identity(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Complete a static state dict to that of the identity conversion; any other comes back as it is.
+    """Complete a static state dict to that of the identity conversion, and one without gates by open gates.
+
+    Any other comes back as it is.
 
     Args:
         model: a dynamic network, or a stage.
@@ -58,7 +72,7 @@ def to_identity(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "
     """
     completed = dict(state_dict)
     if not holds_static(model, completed, prefix):
-        return completed
+        return _with_open_gates(model, completed, prefix)
     for name, stage in graph_stages(model).items():
         if not (stage.edge_scale and stage.block_shortcut and stage.is_complete()):
             raise BadValue(
@@ -70,6 +84,20 @@ def to_identity(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "
         like = next(value for key, value in completed.items() if key.startswith(where) and isinstance(value, Tensor))
         completed |= {f"{where}{key}": value for key, value in _identity_of(stage, like).items()}
     return completed
+
+
+def _with_open_gates(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Add open gates to the stages of a dynamic network that was saved without any: it stays the same function."""
+    for name, stage in graph_stages(model).items():
+        where = f"{prefix}{name}." if name else prefix
+        own = {f"{where}{key}": value for key, value in stage.state_dict().items()}
+        of_gates = {key for key in own if re.match(r"gate\d+\.", key.removeprefix(where))}
+        present = own.keys() & state_dict.keys()
+        if of_gates and not present & of_gates and present == own.keys() - of_gates:
+            like = state_dict[next(iter(present))]
+            open_gates = {f"{where}{key}": value for key, value in _identity_of(stage, like).items()}
+            state_dict |= {key: open_gates[key] for key in of_gates}
+    return state_dict
 
 
 def holds_static(model: nn.Module, keys: Iterable[str], prefix: str = "") -> bool:
@@ -103,6 +131,8 @@ def _identity_of(stage: DGStage, like: Tensor) -> dict[str, Tensor]:
         if isinstance(module, Router):
             scale = added[f"{name}.scale"]
             added[f"{name}.scale"] = module.initial_scale(identity=True).to(scale)
+        elif isinstance(module, Gate):
+            added[f"{name}.fc.bias"].fill_(module.bias)
         elif isinstance(module, Projection):
             fresh = copy.deepcopy(module).to_empty(device="cpu")
             for buffer in fresh.buffers():

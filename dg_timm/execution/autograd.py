@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dg_timm.execution import operators
 from dg_timm.execution.operators import channel_means, is_plain, product_gradients, weighted_sum
 from dg_timm.graph import edges
 
@@ -111,6 +112,37 @@ class Sum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Give each product the gradient of the sum."""
         return (None, *(gradient if needed else None for needed in ctx.needs_input_grad[1:]))
+
+
+def pass_on(feature: Tensor, z: Tensor, gate: Tensor, runs: Tensor) -> Tensor:
+    """As :func:`dg_timm.graph.gate.pass_on`."""
+    if feature.requires_grad or z.requires_grad or gate.requires_grad:
+        return PassOn.apply(feature, z, gate, runs)
+    return operators.pass_on(feature, z, runs)
+
+
+class PassOn(torch.autograd.Function):
+    """A block's feature, or what the node read, image by image. The gate gets the gradient of running."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, z: Tensor, gate: Tensor, runs: Tensor) -> Tensor:
+        """Choose."""
+        ctx.save_for_backward(feature, z, runs)
+        ctx.gate_dtype = gate.dtype
+        return torch.where(runs[:, :, None, None], feature, z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Hand the gradient to what was chosen."""
+        feature, z, runs = ctx.saved_tensors
+        mask = runs[:, :, None, None]
+        need_feature, need_z, need_gate, _ = ctx.needs_input_grad
+        of_gate = None
+        if need_gate:
+            worth = (feature - z).nan_to_num(0.0, 0.0, 0.0)
+            of_gate = (gradient * worth).sum((1, 2, 3), dtype=ctx.gate_dtype)[:, None]
+        of_feature = torch.where(mask, gradient, 0.0) if need_feature else None
+        return of_feature, torch.where(mask, 0.0, gradient) if need_z else None, of_gate, None
 
 
 class TakePart(torch.autograd.Function):

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from dg_timm.execution import autograd, operators
 from dg_timm.execution.recompute import Recipes, recomputing
 from dg_timm.graph import edges
-from dg_timm.graph.context import Recorder
+from dg_timm.graph.context import GateSampling, Recorder
 from dg_timm.graph.executor import Executor, FirstEdge, FirstInputs
+from dg_timm.graph.gate import Gate, is_open, pass_on, pool_inputs
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
 
@@ -26,18 +27,27 @@ class Dense(Executor):
         stage: the stage.
         topology: the edges that are read, as the sources of every node.
         plain: whether features are ordinary memory (:func:`dg_timm.execution.operators.is_plain`).
-        recorder: takes the weights of all edges.
+        recorder: takes the weights of all edges, and what the gates say.
+        sampling: how gates are drawn, while a cost is learned.
     """
 
     def __init__(
-        self, stage: DGStage, topology: list[list[int]], plain: bool, recorder: Recorder | None = None
+        self,
+        stage: DGStage,
+        topology: list[list[int]],
+        plain: bool,
+        recorder: Recorder | None = None,
+        sampling: GateSampling | None = None,
     ) -> None:
-        self.stage, self.topology, self.plain, self.recorder = stage, topology, plain, recorder
+        self.stage, self.topology, self.plain = stage, topology, plain
+        self.recorder, self.sampling = recorder, sampling
         self.trains = plain and torch.is_grad_enabled()
         nodes = len(topology)
         self.weights: list[dict[int, Tensor]] = [{}] * nodes  # of every node: (batch,) of its edges, by target
         self.carried: list[dict[int, Tensor]] = [{}] * nodes  # ... and what they carry
         self.into: Tensor | None = None  # weights of the edges into the last node that was read
+        self.pooled: list[Tensor | None] = [None] * nodes  # of every node, for gates
+        self.passed: Tensor | None = None  # what the last node read; what it puts out where its gate is closed
         self.recipes: Recipes | None = None  # while a block runs that trains
 
     def read(self, node: int, source: Tensor | None = None) -> Tensor | None:
@@ -50,7 +60,9 @@ class Dense(Executor):
             carried: Sequence[Tensor] = [self.carried[i][node] for i in sources]
         else:
             carried = autograd.split_to_edges(source, weights) if self.trains else [source]
-        return self.sum(carried, weights)
+        z = self.sum(carried, weights)
+        self.passed = z if source is None else None
+        return z
 
     def weigh_inputs(self, node: int) -> Tensor:
         """The weights of the edges into a node: (batch, in-degree)."""
@@ -69,11 +81,51 @@ class Dense(Executor):
     def apply(self, node: int, block: nn.Module, first: FirstEdge | None = None) -> Tensor | None:
         """As in :class:`Executor`; a block that trains does not keep its input, but computes it again."""
         if not self.trains:
-            return super().apply(node, block, first)
+            return self.pass_on(node, super().apply(node, block, first))
         with recomputing() as self.recipes:
-            feature = super().apply(node, block, first)
+            feature = self.pass_on(node, super().apply(node, block, first))
         self.recipes = None
         return feature
+
+    def pass_on(self, node: int, feature: Tensor | None) -> Tensor | None:
+        """Put what a node read in place of its block's feature, for the images for which its gate is closed."""
+        if feature is None or not self.stage.gates:
+            return feature
+        drawn, runs = self.draw_gate(node)
+        if self.passed is None:  # the block read the stage's input; past it leads node 0's feature
+            self.passed = self.read(node)
+        assert self.passed is not None
+        return self.mix(node, feature, self.passed, drawn, runs)
+
+    def mix(self, node: int, feature: Tensor, z: Tensor, drawn: Tensor, runs: Tensor) -> Tensor:
+        """As :func:`dg_timm.graph.gate.pass_on`."""
+        if self.plain:
+            self.check_shape(node, feature)
+        if self.trains:
+            return autograd.pass_on(feature, z, drawn, runs)
+        if self.plain:
+            return operators.pass_on(feature, z, runs)
+        return pass_on(feature, z, drawn, runs)
+
+    def draw_gate(self, node: int) -> tuple[Tensor, Tensor]:
+        """Decide for which images a node runs, by the pooled vectors of its sources.
+
+        Returns:
+            (batch, 1), 1 and 0 with the gradient of a sigmoid, and the same as bool.
+        """
+        own: Gate = getattr(self.stage, f"gate{node}")
+        assert self.into is not None
+        pooled = [pool for i in self.topology[node] if (pool := self.pooled[i]) is not None]
+        logit = own(pool_inputs(pooled, self.into), None if self.sampling is None else self.sampling.budgets)
+        if self.sampling is not None and self.sampling.noise is not None:
+            logit = logit + self.sampling.noise[self.stage][node - 1, :, None]
+        runs = is_open(logit)
+        drawn = edges.straight_through(torch.sigmoid(logit), runs.to(logit.dtype)) if edges.learns() else logit
+        if self.sampling is not None:
+            self.sampling.drawn.setdefault(self.stage, []).append(drawn * edges.has_open_input(self.into))
+        if self.recorder is not None:
+            self.recorder.keep_gate(self.stage, node, runs | ~edges.has_open_input(self.into))
+        return drawn, runs
 
     def finish(self, node: int, feature: Tensor) -> None:
         """As in :class:`Executor`."""
@@ -84,7 +136,8 @@ class Dense(Executor):
             feature, pooled = autograd.pool(feature)
         else:
             pooled = operators.channel_means(feature) if self.plain else edges.global_average_pool(feature)
-        row = self.weigh(router, node, pooled)
+        self.pooled[node] = pooled
+        row = router(pooled) if self.into is None else router(pooled, edges.has_open_input(self.into))
         if self.recorder is not None:
             self.recorder.keep(self.stage, node, router, pooled, row)
         carried = autograd.split_to_edges(feature, row) if self.trains else [feature] * len(router.targets)
@@ -93,10 +146,6 @@ class Dense(Executor):
         columns = row.unbind(1) if self.plain else [row[:, k] for k in range(len(router.targets))]
         self.weights[node] = dict(zip(router.targets, columns, strict=True))
 
-    def weigh(self, router: Router, node: int, pooled: Tensor) -> Tensor:
-        """The weights of the edges that leave a node: (batch, channels) -> (batch, edges)."""
-        return router(pooled) if self.into is None else router(pooled, edges.has_open_input(self.into))
-
 
 class Checkpointed(Dense):
     """Computes each node again in the backward pass, and keeps nothing of it but its feature."""
@@ -104,17 +153,23 @@ class Checkpointed(Dense):
     def apply(self, node: int, block: nn.Module, first: FirstEdge | None = None) -> Tensor | None:
         """As in :class:`Executor`."""
         if first is not None and first.block_projects:
-            return checkpoint(block, first.source, self.reader(first), use_reentrant=False)
+            reader = self.reader(first)
+            return checkpoint(lambda x: self.pass_on(node, block(x, reader)), first.source, use_reentrant=False)
         sources = self.topology[node]
         if not sources:
             return None
         weights = self.weigh_inputs(node)
-        carried = [self.carried[i][node] for i in sources]
+        past = carried = [self.carried[i][node] for i in sources]
         if first is not None:
             carried = list(autograd.split_to_edges(first.source, weights)) if self.trains else [first.source]
+        gate = self.draw_gate(node) if self.stage.gates else None
 
         def run(weights: Tensor, *carried: Tensor) -> Tensor:
-            return block(self.sum(carried, weights))
+            z = self.sum(carried, weights)
+            feature = block(z)
+            if gate is None:
+                return feature
+            return self.mix(node, feature, z if first is None else self.sum(past, weights), *gate)
 
         return checkpoint(run, weights, *carried, use_reentrant=False)
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from dg_timm.execution import autograd, chunking, operators, sparse
-from dg_timm.execution.cost_gates import LearningCost
 from dg_timm.execution.dense import Checkpointed, Dense, unused_parameters
 from dg_timm.graph.context import Request, request
 from dg_timm.graph.stage import DGStage
@@ -38,10 +37,8 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
 
 
 def _executor(stage: DGStage, topology: list[list[int]], plain: bool, asked: Request) -> Dense:
-    if asked.gates is not None and stage in asked.gates:
-        return LearningCost(stage, topology, plain, asked.recorder, gates=asked.gates[stage])
     kind = Checkpointed if stage.grad_checkpointing and torch.is_grad_enabled() else Dense
-    return kind(stage, topology, plain, asked.recorder)
+    return kind(stage, topology, plain, asked.recorder, asked.gates)
 
 
 def _has_fixed_threshold(stage: DGStage, asked: Request) -> bool:

@@ -162,6 +162,16 @@ def channel_means(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def pass_on(feature: Tensor, z: Tensor, runs: Tensor) -> Tensor:
+    """As :func:`dg_timm.graph.gate.pass_on`, without gradients; ``feature`` is not read where the gate is closed."""
+    if feature.device.type != "cpu":
+        return torch.where(runs[:, :, None, None], feature, z)
+    if bool(runs.all()):  # on a CPU this costs nothing, and saves a copy
+        return feature
+    return torch.where(runs[:, :, None, None], feature, z)
+
+
+@torch.no_grad()
 def product_gradients(
     gradients: Sequence[Tensor], x: Tensor, weights: Tensor, need_dx: bool = True, need_dw: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:

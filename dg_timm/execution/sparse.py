@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dg_timm import _compat
 from dg_timm._errors import BadState
 from dg_timm.execution import allocator, backends, operators
-from dg_timm.execution.backends.cpu import CpuKernels, NativeState, RouterParameters
+from dg_timm.execution.backends.cpu import CpuKernels, GateParameters, NativeState, RouterParameters
 from dg_timm.graph.context import request
 from dg_timm.graph.executor import Executor, FirstEdge
+from dg_timm.graph.gate import Gate, is_open, pool_inputs, splice
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
 
@@ -30,14 +31,20 @@ class Sparse(Executor):
         self.stage = stage
         self.nodes = len(stage.edges)
         self.state: State | None = None
+        self.decided = 0  # the last node whose gate was asked
 
     def read(self, node: int, source: Tensor | None = None) -> Tensor | None:
-        """As in :class:`Executor`; None if no image has an open edge into the node."""
+        """As in :class:`Executor`; None if no image has an open edge into the node, and its gate open."""
         assert self.state is not None
         if node == self.nodes - 1:
             self.state.select_all()
         elif not self.state.select(node):
             return None
+        elif self.stage.gates and self.decided < node:
+            self.decided = node  # block 1 may read twice
+            gate, router = getattr(self.stage, f"gate{node}"), getattr(self.stage, f"router{node}")
+            if gate.effective_budget() is not None and not self.state.close_gates(node, gate, router):
+                return None
         return self.state.gather(node, None if source is None else operators.match_layout([source], source)[0])
 
     def apply(self, node: int, block: nn.Module, first: FirstEdge | None = None) -> Tensor | None:
@@ -56,7 +63,7 @@ class Sparse(Executor):
         self.check_shape(node, feature)
         if self.state is None:
             feature = operators.match_layout([feature], feature)[0]
-            self.state = start_state(feature, self.nodes)
+            self.state = start_state(feature, self.nodes, self.stage.gates)
         else:
             feature = operators.match_layout([feature], self.state.like)[0]
         self.state.finish(node, feature, getattr(self.stage, f"router{node}"))
@@ -73,6 +80,9 @@ class State(Protocol):
     def select(self, node: int) -> int:
         """Select the images with an open edge into a node; give their number. The next calls are about these."""
 
+    def close_gates(self, node: int, gate: Gate, router: Router) -> int:
+        """Leave out the images that skip a node, and turn its edges into edges past it; give the others' number."""
+
     def gather(self, node: int, source: Tensor | None) -> Tensor:
         """Give what enters a node (Eq. 3); ``source`` is what node 0's edge carries in place of its feature."""
 
@@ -80,20 +90,59 @@ class State(Protocol):
         """Take a node's feature, and weigh its edges."""
 
 
-def start_state(feature: Tensor, nodes: int) -> State:
+def start_state(feature: Tensor, nodes: int, gates: bool) -> State:
     """Start with node 0's feature: by native code where there is any for it."""
     kernels = backends.kernels_for(feature) if operators.uses_kernels() else None
-    return ByKernels(kernels, feature, nodes) if isinstance(kernels, CpuKernels) else ByTorch(feature, nodes)
+    if isinstance(kernels, CpuKernels):
+        return ByKernels(kernels, feature, nodes, gates)
+    return ByTorch(feature, nodes, gates)
+
+
+def skip_node(alpha: Tensor, pooled: Tensor, images: list[int], node: int, gate: Gate, router: Router) -> list[int]:
+    """Ask a gate by calling it; write the edges past the node into ``alpha``, for the images that skip it.
+
+    Args:
+        alpha: (batch, nodes, nodes), of the nodes so far.
+        pooled: (batch, nodes, channels), of the same.
+        images: that have an open edge into the node.
+
+    Returns:
+        the images that run it.
+    """
+    device = pooled.device
+    of = torch.tensor(images, device=device)
+    weights = alpha[of.to(alpha.device), :node, node].to(pooled)
+    z = pool_inputs(list(pooled[of, :node].unbind(1)), weights)
+    runs = is_open(gate(z))[:, 0]
+    kept = [image for image, run in zip(images, runs.tolist(), strict=True) if run]
+    if len(kept) < len(images):
+        skipping = of[~runs].to(alpha.device)
+        targets = torch.tensor(router.targets, device=alpha.device)
+        alpha[skipping[:, None], node, targets] = router(z[~runs]).to(alpha)
+        skipped = torch.zeros(len(skipping), alpha.shape[1], dtype=torch.bool, device=alpha.device)
+        skipped[:, node] = True
+        alpha[skipping] = splice(alpha[skipping], skipped)
+    return kept
 
 
 class ByKernels:
     """Edge weights and addresses of features lie where native code reads them."""
 
-    def __init__(self, kernels: CpuKernels, feature: Tensor, nodes: int) -> None:
+    def __init__(self, kernels: CpuKernels, feature: Tensor, nodes: int, gates: bool) -> None:
         self.like = feature
-        self.native: NativeState = kernels.sparse_state(feature, nodes)
+        self.native: NativeState = kernels.sparse_state(feature, nodes, gates)
         self.select, self.select_all = self.native.select_images, self.native.select_all
         self.maps: list[Tensor] = []  # kept, as their addresses are
+
+    def close_gates(self, node: int, gate: Gate, router: Router) -> int:
+        """As in :class:`State`."""
+        dtype = self.like.dtype
+        plain_gate, plain_router = gate_parameters(gate, dtype), plain_parameters(router, dtype)
+        if plain_gate is not None and plain_router is not None:
+            return self.native.close_gates(node, plain_gate, plain_router)
+        assert self.native.pooled is not None
+        self.native.images = skip_node(self.native.alpha, self.native.pooled, self.native.images, node, gate, router)
+        return self.native.count
 
     def gather(self, node: int, source: Tensor | None) -> Tensor:
         """As in :class:`State`."""
@@ -107,9 +156,12 @@ class ByKernels:
         plain = plain_parameters(router, feature.dtype)
         self.native.finish_node(node, feature, plain)
         if plain is None:
-            row = router(operators.channel_means(feature)).to(self.native.alpha.dtype)
-            images = torch.tensor(self.native.images, device="cpu")[:, None]
-            self.native.alpha[images, node, torch.tensor(router.targets, device="cpu")] = row
+            means = operators.channel_means(feature)
+            row = router(means).to(self.native.alpha.dtype)
+            images = torch.tensor(self.native.images, device="cpu")
+            self.native.alpha[images[:, None], node, torch.tensor(router.targets, device="cpu")] = row
+            if self.native.pooled is not None:
+                self.native.pooled[images, node] = means
 
 
 def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | None:
@@ -136,12 +188,30 @@ def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | N
     return RouterParameters(weight, bias, scale, threshold.item() if fixed is None else fixed, tuple(router.targets))
 
 
+def gate_parameters(gate: Gate, dtype: torch.dtype) -> GateParameters | None:
+    """What a gate computes with, if that is all that decides what it gives, as :func:`plain_parameters`."""
+    fc = _compat.own_modules(gate).get("fc")
+    if type(gate) is not Gate or type(fc) is not nn.Linear or _compat.has_hooks(gate) or _compat.has_hooks(fc):
+        return None
+    of_fc = _compat.own_parameters(fc)
+    weight, bias, shift = of_fc.get("weight"), of_fc.get("bias"), _compat.own_parameters(gate).get("shift")
+    for tensor in (weight, bias, shift):
+        if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.is_meta:
+            return None
+    assert weight is not None and bias is not None and shift is not None  # noqa: PT018
+    budget = gate.effective_budget()
+    if budget is None or not weight.is_contiguous():
+        return None
+    return GateParameters(weight, bias.item() + shift.item() * (1 - budget))
+
+
 class ByTorch:
     """By PyTorch's operations, on any device; edge weights are read back to the CPU."""
 
-    def __init__(self, feature: Tensor, nodes: int) -> None:
+    def __init__(self, feature: Tensor, nodes: int, gates: bool) -> None:
         self.like = feature
         self.batch, self.nodes = len(feature), nodes
+        self.pooled = feature.new_zeros(self.batch, nodes, feature.shape[1]) if gates else None
         self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=torch.float64, device="cpu")
         self.maps: list[Tensor | None] = [None] * nodes
         self.place: list[dict[int, int]] = [{} for _ in range(nodes)]  # of an image, in a node's maps
@@ -161,9 +231,18 @@ class ByTorch:
         """As in :class:`State`."""
         self.maps[node] = feature
         self.place[node] = {image: k for k, image in enumerate(self.images)}
-        row = router(operators.channel_means(feature)).to("cpu", torch.float64)
-        images = torch.tensor(self.images, dtype=torch.long, device="cpu")[:, None]
-        self.alpha[images, node, torch.tensor(router.targets, device="cpu")] = row
+        means = operators.channel_means(feature)
+        row = router(means).to("cpu", torch.float64)
+        images = torch.tensor(self.images, dtype=torch.long, device="cpu")
+        self.alpha[images[:, None], node, torch.tensor(router.targets, device="cpu")] = row
+        if self.pooled is not None:
+            self.pooled[images.to(self.pooled.device), node] = means
+
+    def close_gates(self, node: int, gate: Gate, router: Router) -> int:
+        """As in :class:`State`."""
+        assert self.pooled is not None
+        self.images = skip_node(self.alpha, self.pooled, self.images, node, gate, router)
+        return len(self.images)
 
     def gather(self, node: int, source: Tensor | None) -> Tensor:
         """As in :class:`State`."""

@@ -7,7 +7,7 @@ They say so here, in a context variable: each thread and each asyncio task has i
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -18,10 +18,29 @@ if TYPE_CHECKING:
 
 
 class Recorder(Protocol):
-    """Takes what the routers give while a stage runs."""
+    """Takes what routers and gates give while a stage runs."""
 
     def keep(self, stage: "DGStage", node: int, router: "Router", pooled: Tensor, row: Tensor) -> None:
         """Take one node's pooled feature (batch, channels) and the weights of its edges (batch, edges)."""
+
+    def keep_gate(self, stage: "DGStage", node: int, runs: Tensor) -> None:
+        """Take for which images a node's gate is open, (batch, 1) bool."""
+
+
+@dataclass
+class GateSampling:
+    """How gates are drawn while a cost is learned, and what they were.
+
+    Attributes:
+        noise: {stage: (gates, batch)}, what is added to the logits of each gate; None for none.
+        budgets: (batch, 1), what each image aims at; None leaves that to the gates.
+        drawn: {stage: of each gate in order, (batch, 1)}: 1 where it is open and 0 where it is closed, with the
+            gradient of its sigmoid.
+    """
+
+    noise: dict["DGStage", Tensor] | None = None
+    budgets: Tensor | None = None
+    drawn: dict["DGStage", list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,13 +51,17 @@ class Request:
         execution: ``dense``, ``sparse`` or ``fixed``.
         threshold: of every node.
         recorder: takes the weights of all edges.
-        gates: {stage: :class:`dg_timm.execution.gates.Gates`}, while a cost is learned.
+        gates: how gates are drawn, while a cost is learned.
+        sets_budget: whether ``budget`` stands in for that of the gates.
+        budget: as in :class:`dg_timm.graph.gate.Gate`.
     """
 
     execution: str | None = None
     threshold: float | None = None
     recorder: Recorder | None = None
-    gates: dict[Any, Any] | None = None
+    gates: GateSampling | None = None
+    sets_budget: bool = False
+    budget: float | None = None
 
 
 _NOTHING = Request()

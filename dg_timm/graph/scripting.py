@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadState
 from dg_timm.graph import edges
+from dg_timm.graph.gate import is_open, pass_on, pool_inputs
 from dg_timm.graph.stage import DGStage
 
 
@@ -51,18 +52,32 @@ class ScriptableStage(DGStage):
                 feature = child.project(x)  # type: ignore[operator]
         features: List[Tensor] = []
         weights: List[Dict[int, Tensor]] = []  # of every node: of the edges that leave it, by target
+        pooled: List[Tensor] = []
         into = torch.empty(0)  # weights of the edges into the last node
+        # what the next node puts out where its gate is closed; where it is open, to learn from and as bool
+        passed, gate, runs = x, torch.empty(0), torch.empty(0)
         for index, child in enumerate(self.children()):
             node = len(features)  # the next one
             if hasattr(child, "targets"):
                 row: Dict[int, Tensor] = {}
                 if node == 0 or len(self.topology[node]) > 0:
                     active: Optional[Tensor] = None if node == 0 else edges.has_open_input(into)
-                    given = child(edges.global_average_pool(feature), active)
+                    means = edges.global_average_pool(feature)
+                    given = child(means, active)
                     for k, target in enumerate(child.targets):  # type: ignore[arg-type]
                         row[target] = given[:, k]
+                    pooled.append(means)
+                else:
+                    pooled.append(feature)  # of a node that nothing leads to, which nobody reads
                 features.append(feature)
                 weights.append(row)
+            elif hasattr(child, "shift"):
+                if len(self.topology[node]) > 0:
+                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    passed = edges.weighted_sum([features[i] for i in self.topology[node]], into)
+                    logit = child(pool_inputs([pooled[i] for i in self.topology[node]], into))
+                    runs = is_open(logit)
+                    gate = edges.straight_through(torch.sigmoid(logit), runs.to(logit.dtype))
             elif hasattr(child, "projects_input"):
                 feature, is_projected = child(x), True
             elif hasattr(child, "residual"):  # such a block is called by that name alone
@@ -76,6 +91,8 @@ class ScriptableStage(DGStage):
                         sources = [x]
                     z = edges.weighted_sum(sources, into)
                     feature = child.residual(z, shortcut)  # type: ignore[operator]
+                    if self.gates:
+                        feature = pass_on(feature, passed, gate, runs)
             elif index < self.num_entry:
                 x = child(x)
                 feature = x
@@ -83,6 +100,8 @@ class ScriptableStage(DGStage):
                 into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
                 sources = [features[i] for i in self.topology[node]]
                 feature = child(edges.weighted_sum([x] if node == 1 and is_projected else sources, into))
+                if self.gates:
+                    feature = pass_on(feature, passed, gate, runs)
         output = len(features)
         into = torch.stack([weights[i][output] for i in self.topology[output]], dim=1)
         return edges.weighted_sum([features[i] for i in self.topology[output]], into)

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadType, BadValue
 from dg_timm.graph.executor import Executor, FirstEdge
+from dg_timm.graph.gate import NEW_PROJECTION_BIAS, OPEN_BIAS, Gate
 from dg_timm.graph.plan import StagePlan
 from dg_timm.graph.router import Router
 from dg_timm.graph.topology import complete
 
 # Options of a graph, with which a saved network is built again: those that are True by default, and all.
 BOOL_OPTIONS = ("edge_scale", "block_shortcut", "instance_aware")
-GRAPH_OPTIONS = (*BOOL_OPTIONS, "topology", "topology_seed")
+GRAPH_OPTIONS = (*BOOL_OPTIONS, "gates", "topology", "topology_seed")
 
 
 class DGStage(nn.Module):
@@ -33,6 +34,7 @@ class DGStage(nn.Module):
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
         block_shortcut: False says that the blocks have no shortcuts of their own; the graph's edges replace them.
         instance_aware: False learns one weight an edge for all images.
+        gates: True gives every block a gate (``gate1`` .. ``gateB``), by which an image skips it.
         topology: the edges that there are, as the sources of every node; by default all.
 
     Attributes:
@@ -51,6 +53,7 @@ class DGStage(nn.Module):
         edge_scale: bool = True,
         block_shortcut: bool = True,
         instance_aware: bool = True,
+        gates: bool = False,
         topology: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +62,7 @@ class DGStage(nn.Module):
         self.edge_scale = edge_scale
         self.block_shortcut = block_shortcut
         self.instance_aware = instance_aware
+        self.gates = gates
         self.grad_checkpointing = False
         self.is_loading_part = False  # a state dict that holds a part of the static network
         self.load_hook: Callable[..., None] | None = None
@@ -83,6 +87,10 @@ class DGStage(nn.Module):
             self.projection = projection
         add_router(0)
         for node, name in enumerate(plan.blocks, start=1):
+            if gates:
+                passes_on_new = node == 1 and projection is not None
+                bias = NEW_PROJECTION_BIAS if passes_on_new else OPEN_BIAS
+                self.add_module(f"gate{node}", Gate(plan.out_chs, bias, device=like.device, dtype=like.dtype))
             self.add_module(name, container.get_submodule(name))
             add_router(node)
         self.training = container.training
@@ -119,7 +127,7 @@ class DGStage(nn.Module):
         return out
 
     def reset_graph_parameters(self) -> None:
-        """Start routers, scales, thresholds and projection afresh; the blocks' weights are left alone."""
+        """Start routers, scales, thresholds, gates and projection afresh; the blocks' weights are left alone."""
         for name in self.added_modules():
             added = self.get_submodule(name)
             if isinstance(added, Router):
@@ -130,6 +138,8 @@ class DGStage(nn.Module):
     def added_modules(self) -> dict[str, str]:
         """Name what the graph adds, each with the name of the block that it belongs to."""
         added = {f"router{node}": self.block_names[max(node, 1) - 1] for node in range(len(self.block_names) + 1)}
+        if self.gates:
+            added |= {f"gate{node}": name for node, name in enumerate(self.block_names, start=1)}
         if self.input_node == "projection":
             added["projection"] = self.block_names[0]
         return added
@@ -194,7 +204,7 @@ class DGStage(nn.Module):
 
     def extra_repr(self) -> str:
         """Show nodes, edges and options."""
-        options = ", ".join(f"{name}={getattr(self, name)}" for name in BOOL_OPTIONS)
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in (*BOOL_OPTIONS, "gates"))
         return f"nodes={len(self.edges)}, edges={sum(len(sources) for sources in self.edges)}, {options}"
 
 

@@ -91,6 +91,8 @@ def name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
             f"{mend}"
         )
     options: dict[str, Any] = {key: False for key in BOOL_OPTIONS if not getattr(stage, key)}
+    if stage.gates:
+        options["gates"] = True
     if not all(stage.is_complete() for stage in stages.values()):
         options["topology"] = {name: stage.edges for name, stage in stages.items()}
     return architecture, options

@@ -34,8 +34,9 @@ def create_dynamic(static_name: str, pretrained: bool = False, **kwargs: Any) ->
         static_name: name of timm's static model, without a tag.
         pretrained: load the weights that the configuration names.
         **kwargs: options of the graph, as :func:`dg_timm.dynamize` takes them (``edge_scale``, ``block_shortcut``,
-            ``instance_aware``, ``topology``, ``topology_seed``; of a network that ships, by default those that it was
-            trained with), and what timm takes for the static model (``num_classes``, ``in_chans``, ``output_stride``).
+            ``instance_aware``, ``gates``, ``topology``, ``topology_seed``; of a network that ships, by default those
+            that it was trained with), and what timm takes for the static model (``num_classes``, ``in_chans``,
+            ``output_stride``).
 
     Returns:
         the model, or timm's wrapper for ``features_only``; ``model.provenance`` tells where the weights come from.

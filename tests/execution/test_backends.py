@@ -12,9 +12,9 @@ from torch import nn
 
 from dg_timm._errors import UserError
 from dg_timm.execution import operators
-from dg_timm.execution.cost_gates import Gates
 from dg_timm.graph import edges
-from dg_timm.graph.context import requesting
+from dg_timm.graph.context import GateSampling, requesting
+from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import DGStage
 from tests.helpers.maps import make_maps
 from tests.helpers.scripts import python
@@ -66,8 +66,8 @@ def in_fixed_execution(stage, x):
     return stage(x)
 
 
-def with_gates(stage, x):
-    with requesting(gates={stage: Gates()}):
+def while_a_cost_is_learned(stage, x):
+    with requesting(gates=GateSampling()):
         return stage(x)
 
 
@@ -82,13 +82,14 @@ def in_sparse_execution(run):
 
 TRAIN = {"kernels": by_kernels, "torch": by_torch, "checkpointed": by_checkpoints, "scripted": by_script,
          "fixed": in_fixed_execution}  # fmt: skip
-PREDICT = {**TRAIN, "traced": by_trace, "exported": by_export, "with gates": with_gates,
+PREDICT = {**TRAIN, "traced": by_trace, "exported": by_export, "learning a cost": while_a_cost_is_learned,
            "sparse by kernels": in_sparse_execution(by_kernels),
            "sparse by torch": in_sparse_execution(by_torch)}  # fmt: skip
 KINDS = ("input", "shortcut", "projection")
+GATED = tuple(f"gated-{kind}" for kind in KINDS)
 
 
-def ways(found, kinds=KINDS):
+def ways(found, kinds=KINDS + GATED):
     """Every kind of stage in every way; compilers take long, so of theirs a few."""
     made = []
     for kind in kinds:
@@ -113,8 +114,11 @@ class Poisoned(nn.Module):
 
 def random_stage(kind, seed, **options) -> DGStage:
     torch.manual_seed(seed)
-    stage = make_stage(kind, 4, **options)
+    stage = make_stage(kind.removeprefix("gated-"), 4, gates=kind in GATED, **options)
     with torch.no_grad():
+        for gate in gates(stage).values():  # half of the images skip
+            nn.init.normal_(gate.fc.weight, std=5.0)
+            nn.init.normal_(gate.fc.bias, std=0.1)
         for node in range(5):  # some closed at any weight, and the input's never: images always reach something
             stage.get_submodule(f"router{node}").threshold.fill_(0.0 if node == 0 else 0.3)
     return stage
@@ -127,6 +131,8 @@ def poisoned_stage(kind, closed=True) -> DGStage:
         stage.router0.scale.clamp_(min=1.0)
         stage.router2.threshold.fill_(0.3)
         stage.router2.scale.fill_(0.0 if closed else 2.0)
+        for gate in list(gates(stage).values())[:2]:  # all images reach the bad block
+            gate.reset_parameters()
     stage[1] = Poisoned(stage[1], float("inf"), float("nan"), 0.0)
     return stage.eval()
 
@@ -142,7 +148,7 @@ def run_quietly(run, stage, x):
 @ways(PREDICT)
 def test_values_are_those_of_the_formulas(kind, run):
     for seed in (0, 1) if run not in (by_aot, by_inductor) else (0,):
-        stage, x = random_stage(kind, seed), images(kind, 5)
+        stage, x = random_stage(kind, seed), images(kind.removeprefix("gated-"), 5)
         with torch.no_grad():
             wanted = by_formulas(stage, x)
             assert (wanted != 0).any()
@@ -151,7 +157,7 @@ def test_values_are_those_of_the_formulas(kind, run):
 
 @ways(PREDICT)
 def test_a_closed_edge_is_not_read(kind, run):
-    stage, x = poisoned_stage(kind), images(kind)
+    stage, x = poisoned_stage(kind), images(kind.removeprefix("gated-"))
     with torch.no_grad():
         wanted = by_formulas(stage, x)
         assert wanted.isfinite().all()
@@ -165,7 +171,7 @@ def test_a_closed_edge_is_not_read(kind, run):
 @ways(PREDICT, kinds=("shortcut",))
 def test_an_open_edge_is_read(kind, run):
     """The test above would be empty otherwise."""
-    stage, x = poisoned_stage(kind, closed=False), images(kind)
+    stage, x = poisoned_stage(kind, closed=False), images(kind.removeprefix("gated-"))
     with torch.no_grad():
         out = run_quietly(run, stage, x)
     assert [bool(image.isfinite().all()) for image in out] == [False, False, True]
@@ -193,14 +199,14 @@ def assert_same_gradients(found, wanted):
 
 @ways(TRAIN)
 def test_gradients_are_those_of_the_formulas(kind, run):
-    stage, x = random_stage(kind, 0), images(kind, 5)
+    stage, x = random_stage(kind, 0), images(kind.removeprefix("gated-"), 5)
     wanted = gradients(by_formulas, stage, x)
     assert_same_gradients(gradients(run, stage, x), wanted)
 
 
 @ways(TRAIN)
 def test_gradients_do_not_see_what_is_behind_a_closed_edge(kind, run):
-    stage, x = poisoned_stage(kind), images(kind)
+    stage, x = poisoned_stage(kind), images(kind.removeprefix("gated-"))
     wanted = gradients(by_formulas, stage, x)
     assert all(g.isfinite().all() for g in wanted.values() if g is not None)
     assert_same_gradients(gradients(run, stage, x), wanted)

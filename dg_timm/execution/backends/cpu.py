@@ -42,7 +42,8 @@ _ARGUMENTS = {
     "channel_means": [_ADDRESS] * 2 + [_COUNT] * 3 + [ctypes.c_int, _THREADS],
     "select_images": [_ADDRESS] * 2 + [_COUNT] * 3,
     "gather_inputs": [_ADDRESS] * 4 + [_COUNT] * 5 + [_THREADS],
-    "finish_node": [_ADDRESS] * 8 + [ctypes.c_double] + [_COUNT] * 7 + [ctypes.c_int, _THREADS],
+    "finish_node": [_ADDRESS] * 9 + [ctypes.c_double] + [_COUNT] * 7 + [ctypes.c_int, _THREADS],
+    "close_gates": [_ADDRESS] * 4 + [ctypes.c_double] + [_ADDRESS] * 4 + [ctypes.c_double] + [_COUNT] * 5,
 }
 
 
@@ -57,7 +58,7 @@ class CpuKernels:
             for dtype in self.dtypes:
                 function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
                 function.argtypes = arguments
-                if name == "select_images":
+                if name in ("select_images", "close_gates"):
                     function.restype = _COUNT
                 self._functions[name, dtype] = function
 
@@ -85,10 +86,10 @@ class CpuKernels:
         sizes = (batch, channels, height * width, channels_last, torch.get_num_threads())
         self._functions["channel_means", x.dtype](out.data_ptr(), x.data_ptr(), *sizes)
 
-    def sparse_state(self, feature: Tensor, nodes: int) -> "NativeState":
-        """Start sparse execution of a stage; ``feature``: that of node 0, of all images."""
-        names = ("select_images", "gather_inputs", "finish_node")
-        return NativeState([self._functions[name, feature.dtype] for name in names], feature, nodes)
+    def sparse_state(self, feature: Tensor, nodes: int, gates: bool) -> "NativeState":
+        """Start sparse execution of a stage, with or without gates; ``feature``: that of node 0, of all images."""
+        names = ("select_images", "gather_inputs", "finish_node", "close_gates")
+        return NativeState([self._functions[name, feature.dtype] for name in names], feature, nodes, gates)
 
 
 class RouterParameters(NamedTuple):
@@ -108,22 +109,36 @@ class RouterParameters(NamedTuple):
     threshold: float
     targets: tuple[int, ...]
 
+    def pass_to_c(self) -> tuple[Any, ...]:
+        """Addresses and threshold, in the order of the C functions."""
+        scale = None if self.scale is None else self.scale.data_ptr()
+        return self.weight.data_ptr(), self.bias.data_ptr(), scale, _counts(self.targets), self.threshold
+
+
+class GateParameters(NamedTuple):
+    """What a gate computes with: ``weight`` (1, channels), contiguous and of the maps' type; ``bias`` and shift."""
+
+    weight: Tensor
+    bias: float
+
 
 class NativeState:
     """The edge weights of a batch in a stage of which the nodes run in order, and where their features lie.
 
     Attributes:
         alpha: (batch, nodes, nodes), [source, target]; 0 where an edge is closed or its source was removed.
+        pooled: (batch, nodes, channels), of the nodes so far; None in a stage without gates.
         count: images of the node that was selected last; at first all.
     """
 
-    def __init__(self, functions: Sequence[Any], feature: Tensor, nodes: int) -> None:
-        self._select, self._gather, self._finish = functions
+    def __init__(self, functions: Sequence[Any], feature: Tensor, nodes: int, gates: bool) -> None:
+        self._select, self._gather, self._finish, self._close = functions
         self.batch, self.channels, height, width = feature.shape
         self.nodes, self.area, self.count = nodes, height * width, self.batch
         self._channels_last, self._threads = not feature.is_contiguous(), torch.get_num_threads()
         self.alpha = torch.zeros(self.batch, nodes, nodes, dtype=sum_dtype(feature.dtype), device="cpu")
         self._alpha = self.alpha.data_ptr()
+        self.pooled = feature.new_zeros(self.batch, nodes, self.channels) if gates else None
         self._maps = (_ADDRESS * (nodes * self.batch))()
         self._images = (_COUNT * self.batch)(*range(self.batch))
 
@@ -132,6 +147,10 @@ class NativeState:
         """The images that were selected last; at first all."""
         return list(self._images[: self.count])
 
+    @images.setter
+    def images(self, images: list[int]) -> None:
+        self._images, self.count = (_COUNT * self.batch)(*images), len(images)
+
     def select_all(self) -> None:
         """Select all images, as if each had an open edge into the node that comes next."""
         self._images, self.count = (_COUNT * self.batch)(*range(self.batch)), self.batch
@@ -139,6 +158,16 @@ class NativeState:
     def select_images(self, target: int) -> int:
         """Select the images with an open edge into a node; give their number."""
         self.count = self._select(self._images, self._alpha, self.batch, self.nodes, target)
+        return self.count
+
+    def close_gates(self, node: int, gate: GateParameters, router: RouterParameters) -> int:
+        """Leave out the selected images that skip a node; its edges become edges past it. Give the others' number."""
+        assert self.pooled is not None
+        places = (self._images, self._alpha, self.pooled.data_ptr(), gate.weight.data_ptr(), gate.bias)
+        sizes = (node, self.count, self.nodes, self.channels, len(router.targets))
+        self.count = self._close(*places, *router.pass_to_c(), *sizes)
+        if self.count < 0:
+            raise MemoryError("no memory for the pooled inputs of a node; use a smaller batch")
         return self.count
 
     def gather_inputs(self, z: Tensor, target: int, source: Tensor | None = None) -> None:
@@ -159,15 +188,11 @@ class NativeState:
 
         ``router`` weighs its edges (Eqs. 4 and 5); without it they are for the caller to set in ``alpha``.
         """
-        plain = (None, None, None, None, 0.0)
-        if router is not None:
-            scale = None if router.scale is None else router.scale.data_ptr()
-            plain = (  # type: ignore[assignment]
-                router.weight.data_ptr(), router.bias.data_ptr(), scale, _counts(router.targets), router.threshold
-            )  # fmt: skip
+        plain = (None, None, None, None, 0.0) if router is None else router.pass_to_c()
         edges = 0 if router is None else len(router.targets)
         sizes = (node, self.count, self.batch, self.nodes, self.channels, self.area, edges)
-        places = (self._maps, self._alpha, self._images, feature.data_ptr())
+        pooled = None if self.pooled is None else self.pooled.data_ptr()
+        places = (self._maps, self._alpha, pooled, self._images, feature.data_ptr())
         if self._finish(*places, *plain, *sizes, self._channels_last, self._threads):
             raise MemoryError("no memory for the means of a node's channels; use a smaller batch")
 

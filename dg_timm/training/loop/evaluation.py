@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadValue
 from dg_timm._modes import evaluating
-from dg_timm.analysis.counting import relative_cost
-from dg_timm.analysis.recorder import adjacency
+from dg_timm.analysis.counting import Costs, relative_cost
+from dg_timm.analysis.recorder import AdjacencyRecorder, adjacency, recording
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.images import Batch
 from dg_timm.training.loop.metrics import ClassificationMetrics
 from dg_timm.training.loop.report import Row
 
 _MOST_RANKS = 5  # of the best classes that are kept of an image
-_COLUMNS = 4 + _MOST_RANKS
+_COLUMNS = 4 + _MOST_RANKS + 2
 
 
 class EvalResult(NamedTuple):
@@ -34,12 +34,16 @@ class EvalResult(NamedTuple):
         loss: mean cross-entropy.
         top1, top5: percent of the images; top5 is nan for fewer than 5 classes.
         images: how many were evaluated.
+        costs: (images,) float64, of each relative to the static network; nan where costs were not asked for.
+        skipped: (images,), the share of blocks that each skips.
     """
 
     loss: float
     top1: float
     top5: float
     images: int
+    costs: Tensor
+    skipped: Tensor
 
 
 @torch.inference_mode()
@@ -49,6 +53,7 @@ def evaluate_model(
     accelerator: Accelerator,
     *,
     channels_last: bool = False,
+    costs: Costs | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Evaluate this process's batches and gather the result; every process gets it.
@@ -58,6 +63,7 @@ def evaluate_model(
             run in eval mode, and get their own modes back, also after an exception.
         batches: of this process.
         channels_last: memory layout of the images.
+        costs: of the model, a dynamic one in dense execution; without them none are added up.
         stop: if given and ``stop()`` becomes true, the rest is left out. The result is then of no use.
 
     Raises:
@@ -70,9 +76,11 @@ def evaluate_model(
             if stop is not None and stop():
                 break
             batch = batch.move_to(accelerator.device, layout)
-            with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
+            precision = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
+            with precision, recording(model) if costs is not None else nullcontext() as recorder:
                 logits = model(batch.images).float()
-            kept.append(image_statistics(logits, batch)[batch.sample_mask > 0])
+            rows = image_statistics(logits, batch)
+            kept.append(torch.cat([rows, _cost_columns(costs, recorder, rows)], dim=1)[batch.sample_mask > 0])
     empty = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=accelerator.device)
     mine = torch.cat(kept) if kept else empty
     if accelerator.num_processes > 1:
@@ -80,10 +88,20 @@ def evaluate_model(
         mine = accelerator.gather_for_metrics(mine)
         mine = mine[mine[:, 0] >= 0]
     if len(mine) == 0 and stop is not None and stop():
-        return EvalResult(float("nan"), float("nan"), float("nan"), 0)
+        return EvalResult(float("nan"), float("nan"), float("nan"), 0, mine[:, -2], mine[:, -1])
     if len(mine) == 0:
         raise BadValue("there is no image to evaluate on")
     return _summarize(mine.cpu())
+
+
+def _cost_columns(costs: Costs | None, recorder: AdjacencyRecorder | None, rows: Tensor) -> Tensor:
+    """The cost and the share of skipped blocks of every image: (batch, 2); nan without costs."""
+    if costs is None or recorder is None:
+        return rows.new_full((len(rows), 2), float("nan"))
+    opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
+    blocks = [of_stage[:, 1:-1].double() for of_stage in recorder.skipped.values()]
+    skipped = torch.cat(blocks, 1).mean(1) if blocks else torch.zeros_like(rows[:, 0])
+    return torch.stack([costs.relative(opened), skipped], dim=1)
 
 
 def image_statistics(logits: Tensor, batch: Batch) -> Tensor:
@@ -103,12 +121,13 @@ def _summarize(table: Tensor) -> EvalResult:
     """Sum up the rows of all processes in the order of the data set."""
     order = sorted(range(len(table)), key=table[:, :2].tolist().__getitem__)
     table = table[order]
-    ranked = table[:, 4:].long()
+    ranked = table[:, 4 : 4 + _MOST_RANKS].long()
     ranked = ranked[:, : int((ranked[0] >= 0).sum())]
     found = ClassificationMetrics(keep_in_memory=True).compute(
         predictions=ranked.tolist(), references=table[:, 2].long().tolist(), losses=table[:, 3].tolist()
     )
-    return EvalResult(found["loss"], found["top1"], found.get("top5", float("nan")), len(table))
+    top5 = found.get("top5", float("nan"))
+    return EvalResult(found["loss"], found["top1"], top5, len(table), table[:, -2], table[:, -1])
 
 
 def graph_statistics(model: nn.Module, images: Tensor) -> Row:

@@ -34,18 +34,24 @@ class Losses(NamedTuple):
 class CostTarget:
     """Another objective plus a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
 
-    It adds the metric ``cost``. The target comes down from 1, linearly, over the first updates: a network that must be
-    cheap at once closes whatever closes fastest. The gates are noisy over the same time and longer.
+    With a range of targets every image of a batch aims at one of its own: a third at the lowest, a third at the
+    highest, a third between (the sandwich rule of slimmable networks, Yu & Huang, 2019). Each third has its price.
+
+    The targets come down from 1, linearly, over the first updates, and the gates are noisy over the same time and
+    longer: each image then meets the network with and without a block, and later blocks learn to do without.
+
+    It adds the metrics ``cost``, ``skipped`` (percent of blocks) and ``spread`` (of the cost between images: its mean
+    absolute deviation).
 
     Args:
         objective: that of the task.
         expected: expected cost of the network that the objective runs, in or out of its wrapper.
-        target: mean cost relative to the static network, 0..1.
+        targets: lowest and highest mean cost relative to the static network, 0..1; equal for a single budget.
         weight: factor of the squared distance.
-        ramp: number of updates until the target is in force.
+        ramp: number of updates until the targets are in force.
         noise: scale of the gates' noise at the first update (:meth:`ExpectedCost.recording`).
         noise_until: number of the update from which on there is no noise.
-        seed: of the noise.
+        seed: of the noise and the targets of images.
     """
 
     def __init__(
@@ -53,19 +59,21 @@ class CostTarget:
         objective: Callable[..., Losses],
         expected: ExpectedCost,
         *,
-        target: float,
-        weight: float = 30.0,
+        targets: tuple[float, float],
+        weight: float = 20.0,
         ramp: int = 0,
         noise: float = 0.0,
         noise_until: int = 0,
         seed: int = 0,
     ) -> None:
-        self.objective, self.expected, self.target, self.weight, self.ramp = objective, expected, target, weight, ramp
-        self.noise, self.noise_until, self.seed = noise, noise_until, seed
+        self.objective, self.expected, self.weight, self.ramp = objective, expected, weight, ramp
+        self.targets, self.noise, self.noise_until, self.seed = targets, noise, noise_until, seed
 
-    def target_at(self, update: int) -> float:
-        """Return the target in force for an update, counted from 0."""
-        return self.target if update >= self.ramp else 1 + (self.target - 1) * update / self.ramp
+    def targets_at(self, update: int) -> tuple[float, float]:
+        """Return the targets in force for an update, counted from 0."""
+        share = min(update / self.ramp, 1.0) if self.ramp else 1.0
+        low, high = self.targets
+        return 1 + (low - 1) * share, 1 + (high - 1) * share
 
     def noise_at(self, update: int) -> float:
         """Return the scale of the noise for an update, counted from 0."""
@@ -73,14 +81,34 @@ class CostTarget:
 
     def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
         """Compute the losses of a batch; ``update`` counts from 0 and ``others`` seed the noise together with it."""
-        (seed,) = np.random.SeedSequence((self.seed, update, *others)).generate_state(1)
-        with self.expected.recording(self.noise_at(update), int(seed)) as costs:
+        generator = np.random.default_rng((self.seed, update, *others))
+        size = len(batch.sample_mask)
+        groups, targets = self._draw_targets(generator, size, update)
+        budgets = None if self.targets[0] == self.targets[1] else targets
+        noise, seed = self.noise_at(update), int(generator.integers(2**31))
+        with self.expected.recording(size, noise=noise, seed=seed, budgets=budgets) as costs:
             losses = self.objective(model, batch, update, *others)
-        cost = costs()
+        cost, skipped = costs()
+        price = torch.zeros_like(cost)
+        for group in range(int(groups.max()) + 1):
+            mask = batch.sample_mask * (groups == group).to(cost)
+            counted = mask.sum().clamp(min=1)
+            above = ((cost - targets.to(cost)) * mask).sum() / counted
+            price = price + above.clamp(min=0).square() * (groups == group).to(cost)
         counted = batch.sample_mask.sum().clamp(min=1)
-        above = (cost * batch.sample_mask).sum() / counted - self.target_at(update)
-        priced = losses.loss + self.weight * above.clamp(min=0).square()
-        return Losses(priced, {**losses.metrics, "cost": cost.detach()})
+        mean = ((cost * batch.sample_mask).sum() / counted).detach()
+        shown = {"cost": cost.detach(), "skipped": 100 * skipped, "spread": (cost.detach() - mean).abs()}
+        return Losses(losses.loss + self.weight * price, {**losses.metrics, **shown})
+
+    def _draw_targets(self, generator: np.random.Generator, size: int, update: int) -> tuple[Tensor, Tensor]:
+        """Give the group and the target of every image: (batch,) int64 and (batch,) float32."""
+        low, high = self.targets_at(update)
+        if self.targets[0] == self.targets[1]:
+            return torch.zeros(size, dtype=torch.long), torch.full((size,), low)
+        groups = torch.from_numpy(generator.permutation(np.arange(size) % 3))
+        between = torch.from_numpy(generator.uniform(low, high, size)).float()
+        targets = torch.where(groups == 0, low, torch.where(groups == 1, high, between))
+        return groups, targets
 
 
 class ClassificationObjective:

@@ -10,6 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from dg_timm._errors import BadValue
+from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import routers
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -66,18 +67,24 @@ def scaled_lr(lr: float, images: int, base_batch: int | None, rule: str = "linea
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, graph_lr_scale: float = 1.0
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    graph_lr_scale: float = 1.0,
+    gate_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group the parameters that learn as timm does, with the graph's in a group (or one for each layer) of their own.
 
-    The graph's parameters are those of routers: weights, biases, edge scales and thresholds. They have no weight decay,
-    like biases and norms.
+    The graph's parameters are those of routers (weights, biases, edge scales and thresholds) and of gates. They have no
+    weight decay, like biases and norms.
 
     Args:
         model: static or dynamic.
         weight_decay: of all other weights.
         layer_decay: factor of the learning rate for each layer from the classifier down; None for none.
-        graph_lr_scale: factor of the graph's learning rate.
+        graph_lr_scale: factor of the routers' learning rate.
+        gate_lr_scale: factor of the gates' learning rate.
     """
     unweighted = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if layer_decay is not None:
@@ -86,16 +93,17 @@ def parameter_groups(
         )
     else:
         groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=unweighted)
-    graph = {id(p): name for name, router in routers(model).items() for p in router.parameters()}
+    scales = {id(p): graph_lr_scale for router in routers(model).values() for p in router.parameters()}
+    scales |= {id(p): gate_lr_scale for gate in gates(model).values() for p in gate.parameters()}
     names = {id(p): name for name, p in model.named_parameters()}
     split = []
     for group in groups:
-        for own in (False, True):
-            params = [p for p in group["params"] if (id(p) in graph) == own]
+        for own in (None, *dict.fromkeys(scales.values())):  # None: of no graph
+            params = [p for p in group["params"] if scales.get(id(p)) == own]
             if params:
-                scale = group.get("lr_scale", 1.0) * (graph_lr_scale if own else 1.0)
-                decay = 0.0 if own else group["weight_decay"]
-                split.append(dict(params=params, weight_decay=decay, lr_scale=scale, graph=own))
+                scale = group.get("lr_scale", 1.0) * (1.0 if own is None else own)
+                decay = group["weight_decay"] if own is None else 0.0
+                split.append(dict(params=params, weight_decay=decay, lr_scale=scale, graph=own is not None))
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}  # a router's weights and biases share a group
     for group in split:
         key = (group["graph"], group["lr_scale"], group["weight_decay"])

@@ -13,7 +13,6 @@ from torch import nn
 
 from dg_timm._errors import BadValue
 from dg_timm.budget.expected_cost import ExpectedCost
-from dg_timm.budget.preparation import make_skippable, raise_thresholds
 from dg_timm.training.loop import optimization
 from dg_timm.training.loop.objective import ClassificationObjective, CostTarget
 from dg_timm.training.run import fine_tuning, networks
@@ -45,6 +44,8 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         BadValue: naming the option that can't be used.
     """
     options = dict(in_chans=args.in_chans, drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
+    if args.target_cost is not None:
+        options = {"gates": True} | options
     model = networks.create(
         args.model,
         pretrained=args.pretrained,
@@ -59,8 +60,6 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     learning = fine_tuning.freeze(model, args.freeze, not loaded, thresholds=fixed)
     data_config = data_config_of(model, args)
     teacher = _build_teacher(args, model, not loaded, accelerator)
-    if args.skippable:  # a teacher is made of the plain identity, above
-        make_skippable(model)
     objective = _build_objective(args, num_classes, data_config, teacher, accelerator)
     random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
     return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random)
@@ -127,28 +126,45 @@ def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -
 
     Args:
         args: options of a training.
-        network: whose thresholds are raised, in place, if there is a price.
+        network: what is trained.
         updates: of the whole training.
 
     Raises:
-        BadValue: if the network is static or compiled.
+        BadValue: if the network is static, or no target or range that it can reach is given.
     """
     if args.target_cost is None:
         return network.objective
     if args.compile:
         raise BadValue("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
     expected = ExpectedCost(network.model, network.data_config["input_size"])
-    raise_thresholds(network.model)
     return CostTarget(
         network.objective,
         expected,
-        target=args.target_cost,
+        targets=cost_targets(args, expected.minimum),
         weight=args.cost_weight,
         ramp=round(args.cost_ramp * updates),
         noise=args.cost_noise,
         noise_until=round(args.cost_quiet * updates),
         seed=args.seed,
     )
+
+
+def cost_targets(args: argparse.Namespace, minimum: float) -> tuple[float, float]:
+    """Check --target-cost, one cost or a range; ``minimum`` is what the network costs if it skips all that it can.
+
+    Raises:
+        BadValue: for a range the wrong way round, or a target below the minimum.
+    """
+    low, high = args.target_cost[0], args.target_cost[-1]
+    if len(args.target_cost) > 2 or low > high:
+        given = " ".join(f"{cost:g}" for cost in args.target_cost)
+        raise BadValue(f"--target-cost takes one cost, or the lowest and the highest of a range, got {given}")
+    if low <= minimum:
+        raise BadValue(
+            f"--target-cost {low:g} can't be reached: {args.model} costs {minimum:.3f} if every image skips every "
+            "block (stem, projections and head always run); aim above that"
+        )
+    return low, high
 
 
 def build_optimization(
@@ -163,7 +179,11 @@ def build_optimization(
         BadValue: naming options that exclude each other or that timm does not take.
     """
     groups = optimization.parameter_groups(
-        model, weight_decay=args.weight_decay, layer_decay=args.layer_decay, graph_lr_scale=args.graph_lr_scale
+        model,
+        weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
+        graph_lr_scale=args.graph_lr_scale,
+        gate_lr_scale=args.gate_lr_scale,
     )
     lr = optimization.scaled_lr(args.lr, args.batch_size, args.lr_base_batch, args.lr_base_scale)
     optimizer = optimization.create_optimizer(

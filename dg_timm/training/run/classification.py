@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm._version import __version__
-from dg_timm.analysis.counting import cost
+from dg_timm.analysis.counting import Costs, count_costs
+from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
@@ -101,19 +102,41 @@ class _Evaluation:
     ) -> None:
         self.args, self.val_loader, self.accelerator = args, val_loader, accelerator
         self.num_classes = network.objective.num_classes
+        self.costs: Costs | None = None
+        if args.target_cost is not None:
+            self.costs = count_costs(network.model, network.data_config["input_size"])
         self.sample: Tensor | None = None
-        if graph_stages(network.model) and (accelerator.is_main_process or args.target_cost is not None):
+        if graph_stages(network.model) and accelerator.is_main_process:
             self.sample = sample_images(val_loader, GRAPH_IMAGES).to(accelerator.device)
 
     def evaluate(self, candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
         """Evaluate on all held-out images."""
+        if self.costs is None:
+            return self._evaluate(candidate, stopping, None)
+        row: Row = {}
+        values = []
+        targets = sorted(set(self.args.target_cost), reverse=True)
+        for target in targets:
+            # of a range, every target is evaluated at its own budget
+            asked = dict(sets_budget=True, budget=target) if len(targets) > 1 else {}
+            with requesting(**asked):
+                found = self._evaluate(candidate, stopping, self.costs)
+            values.append(float(found["top1"]) - 100 * max(0.0, float(found["cost"]) - target))
+            row |= {key if target == targets[0] else f"{key}@{target:g}": value for key, value in found.items()}
+        return row | {"value": sum(values) / len(values)}
+
+    def _evaluate(self, candidate: nn.Module, stopping: Callable[[], bool], costs: Costs | None) -> Row:
         batches, layout = self.val_loader.epoch(0), self.args.channels_last
-        result = evaluate_model(candidate, batches, self.accelerator, channels_last=layout, stop=stopping)
+        result = evaluate_model(candidate, batches, self.accelerator, channels_last=layout, costs=costs, stop=stopping)
         row: Row = {"loss": result.loss, "top1": result.top1}
         row |= {"top5": result.top5} if self.num_classes > 5 else {}
-        if self.args.target_cost is not None and self.sample is not None:
-            mean = cost(candidate, self.sample).mean().item()
-            row |= {"cost": mean, "value": result.top1 - 100 * max(0.0, mean - self.args.target_cost)}
+        if costs is not None:
+            spread = result.costs.std(unbiased=False).item()
+            row |= {
+                "cost": result.costs.mean().item(),
+                "spread": spread,
+                "skipped": 100 * result.skipped.mean().item(),
+            }
         return row
 
     def observe(self, candidate: nn.Module) -> Row:

@@ -141,6 +141,9 @@ def _add_schedule_options(opt: OptionGroup) -> None:
         help="factor of the learning rate of routers, edge scales and thresholds",
     )
     opt.add_argument(
+        "--gate-lr-scale", type=non_negative_float, default=20.0, help="factor of the learning rate of gates"
+    )
+    opt.add_argument(
         "--layer-decay",
         type=fraction,
         help="factor of the learning rate for each layer from the classifier down; by default none",
@@ -202,7 +205,6 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
     flag(
         loss, "--fix-thresholds", False, "leave the thresholds of the graph as they are; a fresh network closes no edge"
     )
-    flag(loss, "--skippable", False, "start an identity conversion so that one router's decision skips a block")
     _add_cost_options(loss)
 
 
@@ -210,13 +212,15 @@ def _add_cost_options(loss: OptionGroup) -> None:
     loss.add_argument(
         "--target-cost",
         type=fraction,
-        help="mean cost of an image, relative to the static network, that training aims at by closing edges; by "
-        "default cost plays no part",
+        nargs="+",
+        metavar="COST",
+        help="mean cost of an image, relative to the static network, that training aims at: gates learn which blocks "
+        "each image skips. Two costs are a range of budgets that one network serves. By default cost plays no part",
     )
     loss.add_argument(
         "--cost-weight",
         type=non_negative_float,
-        default=30.0,
+        default=20.0,
         help="factor of the squared distance of the cost above the target",
     )
     loss.add_argument(
