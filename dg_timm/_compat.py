@@ -136,6 +136,15 @@ def remove_hooks(module: nn.Module) -> None:
     own.pop("forward", None)
 
 
+def remove_forward_hook(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Take one function off the forward hooks of a module; a copy of the module has no handle of it."""
+    own = module.__dict__
+    for key in [key for key, hook in own.get("_forward_hooks", {}).items() if hook is function]:
+        for name, value in own.items():
+            if name.startswith("_forward_hooks") and isinstance(value, dict):
+                value.pop(key, None)
+
+
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let the hooks of one module fire for another: taps set on a static stage go on working on the dynamic one."""
     for name, value in source.__dict__.items():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm._views import run_on_meta
-from dg_timm.analysis.recorder import adjacency
+from dg_timm.analysis.recorder import record
+from dg_timm.execution.cascade import cascade_of
 from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import DGStage, graph_stages
 
@@ -94,8 +95,8 @@ def complexity(model: nn.Module, input_size: Size | None = None) -> Complexity:
 def cost(model: nn.Module, images: Tensor) -> Tensor:
     """Count the multiply-adds run for each image, relative to the static network's.
 
-    This is what sparse execution runs, and in fixed execution its topology. A network with every edge open costs a
-    little more than 1; dense execution always does that much. The model is not touched.
+    This is what sparse execution runs, and in fixed execution its topology; of a cascade, all passes together. A
+    network with every edge open costs a little more than 1; dense execution always does that much. The model is not touched.
 
     Args:
         model: a dynamic graph network.
@@ -112,11 +113,32 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
     >>> dg_timm.cost(model, torch.randn(2, 3, 64, 64)).round(decimals=3)
     tensor([1.0010, 1.0010], dtype=torch.float64)
     """
-    return relative_cost(model, adjacency(model, images), (images.shape[1], images.shape[2], images.shape[3]))
+    first = record(model, images)
+    counted = count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
+    total = counted.relative(_opened(model, first.recorded))
+    cascade, logits = cascade_of(model), first.output
+    if cascade is None:
+        return total
+    some = torch.arange(len(images), device=images.device)
+    for budget in cascade.budgets[1:]:
+        unsure = cascade.unsure(logits)  # of the images that ran last
+        some = some[unsure]
+        if len(some) == 0:
+            break
+        with requesting(sets_budget=True, budget=budget):
+            again = record(model, images[some])
+        total[some] += counted.relative(_opened(model, again.recorded))
+        logits = again.output
+    return total
 
 
 def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Size | None = None) -> Tensor:
     """As :func:`cost`, for adjacencies that are known already ({stage: (batch, N, N)})."""
+    return count_costs(model, input_size).relative(_opened(model, alphas))
+
+
+def _opened(model: nn.Module, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which edges are read, given the adjacency: {stage: (batch, N, N)} of 1 and 0."""
     opened = {}
     for name, stage in graph_stages(model).items():
         if name not in alphas:  # a stage that does not run
@@ -126,7 +148,7 @@ def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Size 
             opened[name] = torch.zeros_like(opened[name])
             for target, sources in enumerate(stage.topology):
                 opened[name][:, sources, target] = 1.0
-    return count_costs(model, input_size).relative(opened)
+    return opened
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ class AdjacencyRecorder:
     Attributes:
         recorded: {stage: (batch, N, N)}, skipped nodes spliced out.
         skipped: {stage: (batch, N) bool}, of stages with gates.
+        output: what the model gave.
     """
+
+    output: Any = None
 
     def __init__(self, names: dict[DGStage, str]) -> None:
         self.recorded: dict[str, Tensor] = {}
@@ -107,7 +111,7 @@ def record(model: nn.Module, images: Tensor) -> AdjacencyRecorder:
         raise BadType(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     require_dynamic(model)
     with _evaluated(model) as view, requesting(execution="dense"), recording(view) as recorder:
-        view(images)
+        recorder.output = view(images)
     return recorder
 
 

@@ -80,6 +80,10 @@ class ScriptableStage(DGStage):
                     gate = edges.straight_through(torch.sigmoid(logit), runs.to(logit.dtype))
             elif hasattr(child, "projects_input"):
                 feature, is_projected = child(x), True
+            elif hasattr(child, "passes_on"):
+                if len(self.topology[node]) > 0:
+                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    feature = edges.weighted_sum([features[i] for i in self.topology[node]], into)
             elif hasattr(child, "residual"):  # such a block is called by that name alone
                 if len(self.topology[node]) > 0:
                     into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)

@@ -1,7 +1,7 @@
 """One stage as a dynamic graph (paper 3.2-3.4): its children, in order, are the graph in topological order."""
 
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -10,11 +10,14 @@ from dg_timm.graph.executor import Executor, FirstEdge
 from dg_timm.graph.gate import NEW_PROJECTION_BIAS, OPEN_BIAS, Gate
 from dg_timm.graph.plan import StagePlan
 from dg_timm.graph.router import Router
+from dg_timm.graph.skipped import SkippedBlock
 from dg_timm.graph.topology import complete
 
 # Options of a graph, with which a saved network is built again: those that are True by default, and all.
 BOOL_OPTIONS = ("edge_scale", "block_shortcut", "instance_aware")
 GRAPH_OPTIONS = (*BOOL_OPTIONS, "gates", "topology", "topology_seed")
+# What a network with gates was given after its training; saved and built again as options are.
+GATE_OPTIONS = ("budgets", "cascade", "skipped_blocks")
 
 
 class DGStage(nn.Module):
@@ -67,6 +70,8 @@ class DGStage(nn.Module):
         self.is_loading_part = False  # a state dict that holds a part of the static network
         self.load_hook: Callable[..., None] | None = None
         self.execution = "dense"
+        self.budgets: list[dict[str, Any]] = []  # what each budget costs (dg_timm.budget.curve)
+        self.cascade: dict[str, Any] | None = None  # (dg_timm.execution.cascade)
         self.edges = topology or complete(len(plan.blocks))  # the sources of every node
         self.topology = self.edges
         self.input_node = plan.input_node
@@ -118,7 +123,13 @@ class DGStage(nn.Module):
             if not projects:
                 executor.finish(0, self.projection(x))
         for node, name in enumerate(self.block_names, start=1):
-            feature = executor.apply(node, getattr(self, name), first)
+            block = getattr(self, name)
+            if isinstance(block, SkippedBlock):
+                if first is not None and first.block_projects:
+                    executor.finish(0, block.project(x))
+                feature = executor.read(node)
+            else:
+                feature = executor.apply(node, block, first)
             if feature is not None:
                 executor.finish(node, feature)
             first = None
@@ -134,6 +145,20 @@ class DGStage(nn.Module):
                 added.reset_parameters(self.identity)
             else:
                 added.reset_parameters()  # type: ignore[operator]
+
+    def leave_out(self, nodes: list[int]) -> None:
+        """Leave the blocks of some nodes out, for every image, and drop all gates."""
+        for node, name in enumerate(self.block_names, start=1):
+            if node in nodes and not isinstance(self.get_submodule(name), SkippedBlock):
+                setattr(self, name, SkippedBlock(self.get_submodule(name)))
+            if self.gates:
+                delattr(self, f"gate{node}")
+        self.gates, self.budgets, self.cascade = False, [], None
+
+    def skipped_blocks(self) -> list[int]:
+        """The nodes whose blocks are left out."""
+        blocks = [self.get_submodule(name) for name in self.block_names]
+        return [node for node, block in enumerate(blocks, start=1) if isinstance(block, SkippedBlock)]
 
     def added_modules(self) -> dict[str, str]:
         """Name what the graph adds, each with the name of the block that it belongs to."""

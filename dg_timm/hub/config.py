@@ -93,6 +93,9 @@ def name_and_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {key: False for key in BOOL_OPTIONS if not getattr(stage, key)}
     if stage.gates:
         options["gates"] = True
+    options |= {key: value for key in ("budgets", "cascade") if (value := getattr(stage, key))}
+    if skipped := {name: nodes for name, of_stage in stages.items() if (nodes := of_stage.skipped_blocks())}:
+        options["skipped_blocks"] = skipped
     if not all(stage.is_complete() for stage in stages.values()):
         options["topology"] = {name: stage.edges for name, stage in stages.items()}
     return architecture, options

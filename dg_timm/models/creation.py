@@ -1,6 +1,6 @@
 """Build a ``dg_*`` model: timm's static network, made dynamic, then loaded and wrapped as timm does it."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -17,9 +17,12 @@ from torch import nn
 
 from dg_timm._compat import static_weights_filter
 from dg_timm._errors import BadState, BadType
+from dg_timm.budget.curve import BudgetPoint, keep_curve
+from dg_timm.budget.fixed import leave_out
 from dg_timm.conversion.convert import dynamize
 from dg_timm.conversion.state_dict import check_fit, to_identity
-from dg_timm.graph.stage import GRAPH_OPTIONS, graph_stages
+from dg_timm.execution.cascade import set_cascade
+from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS, graph_stages
 from dg_timm.hub.downloads import locate_weights
 from dg_timm.hub.provenance import Provenance
 from dg_timm.models.bundled import bundled_graph_options
@@ -79,7 +82,7 @@ def create_dynamic(static_name: str, pretrained: bool = False, **kwargs: Any) ->
 
 def _graph_options(source: Optional[PretrainedCfg], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the options of the graph out of the arguments, over those that the weights were trained with."""
-    given = {key: kwargs.pop(key) for key in GRAPH_OPTIONS if key in kwargs}
+    given = {key: kwargs.pop(key) for key in (*GRAPH_OPTIONS, *GATE_OPTIONS) if key in kwargs}
     return {**({} if source is None else bundled_graph_options(source)), **given}
 
 
@@ -105,6 +108,7 @@ def _flatten_names(wrapper: nn.Module, state_dict: MutableMapping[str, Any], pre
 
 def _builder(static_name: str, options: dict[str, Any]) -> Callable[..., nn.Module]:
     """Make the function that timm's factory calls for the bare network."""
+    options = dict(options)
 
     def build(**model_kwargs: Any) -> nn.Module:
         try:
@@ -116,9 +120,25 @@ def _builder(static_name: str, options: dict[str, Any]) -> Callable[..., nn.Modu
                 f"dg_{static_name}: {error}. Its own options are {', '.join(GRAPH_OPTIONS)}, the others those of "
                 f"timm's {static_name}; a model saved by a newer dg_timm may need that version"
             ) from error
-        return dynamize(static, identity=False, **options)
+        after = {key: options.pop(key) for key in GATE_OPTIONS if key in options}
+        return _after_training(dynamize(static, identity=False, **options), **after)
 
     return build
+
+
+def _after_training(
+    model: nn.Module,
+    budgets: Sequence[Mapping[str, Any]] = (),
+    cascade: Optional[Mapping[str, Any]] = None,
+    skipped_blocks: Optional[dict[str, list[int]]] = None,
+) -> nn.Module:
+    """Give a network what its gates were found to do: a curve of budgets, a cascade, or blocks that are left out."""
+    if skipped_blocks:
+        leave_out(model, skipped_blocks)
+    keep_curve(model, [BudgetPoint(**point) for point in budgets])
+    if cascade is not None:
+        set_cascade(model, **cascade)
+    return model
 
 
 def _weights_filter(static_name: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:

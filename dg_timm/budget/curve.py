@@ -1,0 +1,168 @@
+"""One network, many budgets: what each budget of its gates costs, and the setting that a user asks for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm._errors import BadType, BadValue
+from dg_timm._hardware import describe_hardware
+from dg_timm._modes import evaluating
+from dg_timm.analysis.counting import count_costs
+from dg_timm.analysis.recorder import recording
+from dg_timm.execution.cascade import set_cascade
+from dg_timm.graph.context import requesting
+from dg_timm.graph.gate import gates
+from dg_timm.graph.stage import require_dynamic
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """What the gates of a network do over some images, at one budget.
+
+    Attributes:
+        budget: that the gates aim at (:attr:`dg_timm.graph.gate.Gate.budget`), 0..1.
+        cost: mean over the images, relative to the static network.
+        spread: standard deviation of the cost between images; 0 where all take the same path.
+        top1: percent of the images; None without labels.
+        milliseconds: median time of an image, in sparse execution and at batch 1; None where it was not measured.
+        where: the machine on which it was.
+    """
+
+    budget: float
+    cost: float
+    spread: float
+    top1: float | None = None
+    milliseconds: float | None = None
+    where: str | None = None
+
+
+def budget_curve(model: nn.Module) -> list[BudgetPoint]:
+    """Give the curve of a network, by ascending cost; empty if none was measured.
+
+    Raises:
+        BadValue: if the model is static.
+    """
+    stage = next(iter(require_dynamic(model).values()))
+    return [BudgetPoint(**point) for point in stage.budgets]
+
+
+def keep_curve(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
+    """Make a curve a network's own: ``set_budget`` reads it, and it is saved in config.json."""
+    ascending = [asdict(point) for point in sorted(points, key=lambda point: point.cost)]
+    for stage in require_dynamic(model).values():
+        stage.budgets = ascending
+
+
+@torch.no_grad()
+def measure_budgets(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], budgets: Sequence[float]
+) -> list[BudgetPoint]:
+    """Measure what a network costs and predicts at each budget; it is not touched, but for its modes meanwhile.
+
+    Args:
+        model: a dynamic graph network with gates, in any execution.
+        batches: (images, labels or None), read once for each budget.
+        budgets: of the gates, 0..1.
+
+    Raises:
+        BadValue: if the network has no gates, or there is no image.
+    """
+    _require_gates(model)
+    points = []
+    for budget in budgets:
+        costs, right, counted = [], [], None
+        with evaluating(model), requesting(execution="dense", sets_budget=True, budget=budget):
+            for images, labels in batches:
+                counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
+                with recording(model) as recorder:
+                    logits = model(images)
+                opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
+                costs.append(counted.relative(opened).cpu())
+                if labels is not None:
+                    right.append((logits.argmax(1) == labels).double().cpu())
+        if not costs:
+            raise BadValue("no images: give batches that can be read more than once")
+        every = torch.cat(costs)
+        top1 = 100 * torch.cat(right).mean().item() if right else None
+        points.append(BudgetPoint(float(budget), every.mean().item(), every.std(unbiased=False).item(), top1))
+    return points
+
+
+def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: float | None = None) -> None:
+    """Choose how much a network with gates may compute: one network, many budgets.
+
+    The setting is not saved with the weights; a network that is loaded runs at the highest budget it was trained for.
+    It ends a cascade.
+
+    Args:
+        model: a dynamic graph network with gates, trained for a range of budgets.
+        cost: mean cost of an image, relative to the static network, within the measured curve. None opens every gate.
+        milliseconds: mean time of an image at batch 1 in sparse execution, in place of a cost; on a machine on which
+            the network was calibrated.
+
+    Raises:
+        BadType: if it is no number.
+        BadValue: if the network has no gates or no curve, or the curve does not reach there, or both are given. The
+            model is then left as it was.
+    """
+    own = _require_gates(model)
+    if cost is not None and milliseconds is not None:
+        raise BadValue("give a cost or milliseconds, not both")
+    budget: float | None = None
+    if cost is not None:
+        budget = _interpolate(_curve(model), _number(cost, "cost"), "cost")
+    elif milliseconds is not None:
+        here = [
+            point for point in _curve(model) if point.milliseconds is not None and point.where == describe_hardware()
+        ]
+        if len(here) < 2:
+            raise BadValue(
+                "no time of this network was measured on this machine; calibrate it here first (dg_timm.calibrate with "
+                "time=True, or train_scripts/calibrate.py)"
+            )
+        budget = _interpolate(here, _number(milliseconds, "milliseconds"), "milliseconds")
+    set_cascade(model, None)
+    for gate in own:
+        gate.budget = budget
+
+
+def _require_gates(model: nn.Module) -> list:
+    require_dynamic(model)
+    found = list(gates(model).values())
+    if not found:
+        raise BadValue(
+            "this network has no gates, and no budget to set: convert it with dg_timm.dynamize(model, gates=True) and "
+            "train it with --target-cost"
+        )
+    return found
+
+
+def _curve(model: nn.Module) -> list[BudgetPoint]:
+    points = budget_curve(model)
+    if not points:
+        raise BadValue(
+            "this network has no measured curve of budgets: train it for a range (--target-cost 0.45 1.0), or measure "
+            "one with train_scripts/calibrate.py"
+        )
+    return points
+
+
+def _number(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadType(f"{name} must be a number or None, got {value!r}")
+    return float(value)
+
+
+def _interpolate(points: Sequence[BudgetPoint], value: float, key: str) -> float:
+    """Find the budget at which a curve has this cost or time, between its two nearest points."""
+    ordered = sorted(points, key=lambda point: getattr(point, key))
+    at = [getattr(point, key) for point in ordered]
+    if not at[0] <= value <= at[-1]:
+        raise BadValue(f"{key} {value:g} lies outside what this network was measured for, {at[0]:.4g} to {at[-1]:.4g}")
+    for k in range(1, len(at)):
+        if value <= at[k]:
+            share = (value - at[k - 1]) / (at[k] - at[k - 1]) if at[k] > at[k - 1] else 1.0
+            return ordered[k - 1].budget + share * (ordered[k].budget - ordered[k - 1].budget)
+    return ordered[-1].budget

@@ -1,0 +1,146 @@
+"""A cascade: every image runs at a small budget, and those that the network is unsure of run again at a larger one.
+
+Certainty finds hard images better than gates do, so that compute follows difficulty. Both passes are of one network.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm import _compat
+from dg_timm._errors import BadState, BadType, BadValue
+from dg_timm.execution import operators
+from dg_timm.graph.context import request, requesting
+from dg_timm.graph.gate import gates
+from dg_timm.graph.stage import require_dynamic
+
+# How sure a network is of an image, from its logits (batch, classes): (batch,), higher is surer
+CERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "probability": lambda logits: logits.float().softmax(1).amax(1),
+    "margin": lambda logits: _margin(logits.float().softmax(1)),
+    "entropy": lambda logits: -torch.special.entr(logits.float().softmax(1)).sum(1),
+}
+
+
+def _margin(probabilities: Tensor) -> Tensor:
+    best = probabilities.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """The passes of a cascade.
+
+    Attributes:
+        budgets: of the gates, ascending; the last one may be None, for every gate open.
+        threshold: of the certainty, below which an image goes on to the next pass.
+        certainty: one of ``CERTAINTIES``.
+    """
+
+    budgets: tuple[float | None, ...]
+    threshold: float
+    certainty: str = "probability"
+
+    def unsure(self, logits: Tensor) -> Tensor:
+        """Say which images go on: (batch, classes) -> (batch,) bool. What is no number goes on."""
+        return ~(CERTAINTIES[self.certainty](logits) >= self.threshold)
+
+
+def set_cascade(
+    model: nn.Module,
+    budgets: Sequence[float | None] | None,
+    threshold: float = 0.9,
+    certainty: str = "probability",
+) -> None:
+    """Run every image at the first budget, and again at the next one while the network is unsure of it.
+
+    It works in every execution, in eval mode; in training, and while a program is recorded, one pass runs. The setting
+    is saved in config.json.
+
+    Args:
+        model: a classifier with gates.
+        budgets: of the gates (:attr:`dg_timm.graph.gate.Gate.budget`), ascending; None as the last one opens every
+            gate. None in place of a list ends the cascade.
+        threshold: of the certainty.
+        certainty: ``probability`` of the best class, its ``margin`` over the second, or (negative) ``entropy``.
+
+    Raises:
+        BadType: if a budget or the threshold is no number.
+        BadValue: if the network has no gates, or a value is out of range. The model is then left as it was.
+    """
+    require_dynamic(model)
+    if budgets is None:
+        _install(model, None)
+        return
+    if not gates(model):
+        raise BadValue("a cascade runs over budgets of gates, and this network has none (gates=True)")
+    if not getattr(model, "num_classes", 0):
+        raise BadValue("a cascade asks how sure a classifier is, and this model gives no logits")
+    chosen = _check_budgets(budgets)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise BadType(f"threshold must be a number, got {threshold!r}")
+    if certainty not in CERTAINTIES:
+        raise BadValue(f"certainty must be one of {', '.join(CERTAINTIES)}, got {certainty!r}")
+    if threshold != threshold:
+        raise BadValue("threshold must be a number, got NaN")
+    _install(model, Cascade(chosen, float(threshold), certainty))
+
+
+def _check_budgets(budgets: Sequence[float | None]) -> tuple[float | None, ...]:
+    if not isinstance(budgets, (list, tuple)) or len(budgets) < 2:
+        raise BadValue(f"a cascade needs at least two budgets, got {budgets!r}")
+    for k, budget in enumerate(budgets):
+        if budget is None and k == len(budgets) - 1:
+            continue
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise BadType(f"budgets must be numbers (the last one may be None), got {budget!r}")
+        if not 0 <= budget <= 1:
+            raise BadValue(f"budgets lie between 0 and 1, got {budget:g}")
+    numbers = [float(budget) for budget in budgets if budget is not None]
+    if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
+        raise BadValue(f"budgets of a cascade must ascend, got {list(budgets)}")
+    return tuple(None if budget is None else float(budget) for budget in budgets)
+
+
+def cascade_of(model: nn.Module) -> Cascade | None:
+    """The cascade of a model, or None."""
+    stage = next(iter(require_dynamic(model).values()))
+    return None if stage.cascade is None else Cascade(**{**stage.cascade, "budgets": tuple(stage.cascade["budgets"])})
+
+
+def _install(model: nn.Module, cascade: Cascade | None) -> None:
+    _compat.remove_forward_hook(model, _run_next_passes)
+    settings = None
+    if cascade is not None:
+        settings = dict(budgets=list(cascade.budgets), threshold=cascade.threshold, certainty=cascade.certainty)
+        model.register_forward_hook(_run_next_passes, with_kwargs=True)
+    for stage in require_dynamic(model).values():
+        stage.cascade = settings
+    for gate in gates(model).values():
+        gate.budget = 1.0 if cascade is None else cascade.budgets[0]
+
+
+def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
+    """A forward hook: the first pass has run, and gave ``logits``."""
+    asked, cascade = request(), cascade_of(model)
+    if model.training or cascade is None or asked.recorder is not None or asked.sets_budget or logits.is_meta:
+        return None
+    (images,) = (*args, *kwargs.values())
+    if not operators.has_values(images):
+        raise BadState(
+            "a cascade chooses what to run by the image and can't be traced, exported or transformed; "
+            "dg_timm.set_cascade(model, None) first"
+        )
+    some = torch.arange(len(logits), device=logits.device)
+    for budget in cascade.budgets[1:]:
+        some = some[cascade.unsure(logits[some])]
+        if len(some) == 0:
+            break
+        with requesting(sets_budget=True, budget=budget):
+            again = model.forward(images[some])
+        logits = logits.index_put((some,), again.to(logits.dtype))
+    return logits
