@@ -14,13 +14,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-quickstart: install  ## train a dynamic network and its static twin on real digits, compare, save, load back, draw
+quickstart: install  ## train a dynamic network and its static network on real digits, compare, save, load back, draw
 	$(BIN)/python train_scripts/quickstart.py
 
 test: install check  ## everything CI runs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
-test-all: install check  ## with the whole zoo, trainings, the site, and the wheel in an empty environment
+test-all: install check $(VENV)/.docs  ## with the whole zoo, trainings, the site, and the wheel in an empty environment
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 	$(BIN)/python -m tests.training.kill_and_resume
 	$(BIN)/python -m tests.timm_suite.run

@@ -56,8 +56,8 @@ def threshold_curve(
         costs = []
         with requesting(threshold=threshold):
             for images in batches:
+                alphas = adjacency(model, images)  # refuses what are no images of this model
                 counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
-                alphas = adjacency(model, images)
                 costs.append(counted.relative({name: (alpha != 0).double() for name, alpha in alphas.items()}))
         if threshold is None or not costs or not sum(map(len, costs)):
             raise BadValue("no images: give batches that can be read more than once")
@@ -93,14 +93,14 @@ def calibrate(
     """
     if not target_cost > 0:
         raise BadValue(f"target_cost must be above 0, got {target_cost}")
-    first = next(iter(batches), None)
-    counted = None if first is None else count_costs(model, (first.shape[1], first.shape[2], first.shape[3]))
-    (best,) = threshold_curve(model, batches, [highest], counted)
+    (best,) = threshold_curve(model, batches, [highest])
     if best.cost > target_cost:
         raise BadValue(
             f"target cost {target_cost:g} is unreachable: the minimum, at threshold {highest:g}, is {best.cost:.3f} "
             "(stem, projections and head always run)"
         )
+    first = next(iter(batches))
+    counted = count_costs(model, (first.shape[1], first.shape[2], first.shape[3]))
     low, high = 0.0, highest
     for _ in range(steps):
         (tried,) = threshold_curve(model, batches, [(low + high) / 2], counted)

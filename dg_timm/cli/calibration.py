@@ -91,7 +91,7 @@ def calibrate_network(args: argparse.Namespace) -> None:
     batches, refit = operating_points.load_batches(args, model)
     thresholds = args.thresholds or operating_points.thresholds_of(model, batches[0].images, args.points)
     models = operating_points.at_thresholds(model, thresholds, refit)
-    static = operating_points.static_twin(model)
+    static = operating_points.make_static(model)
     rows = operating_points.measure_curve(models, static, batches, time_batch=args.time_batch, rounds=args.rounds)
     images = sum(int((batch.sample_mask > 0).sum()) for batch in batches)
     print(operating_points.curve_table(rows))

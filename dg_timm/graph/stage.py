@@ -214,6 +214,10 @@ class DGStage(nn.Module):
             )
         self.add_module(name, block)
 
+    def __contains__(self, block: object) -> bool:
+        """Whether a module is one of the static stage's blocks."""
+        return any(block is own for own in self[:])  # type: ignore[union-attr]
+
     def __iter__(self) -> Iterator[NoReturn]:
         # timm's checkpoint_seq would iterate the blocks one after another and never run the graph
         raise TypeError(

@@ -40,4 +40,6 @@ def test_a_budget_that_can_not_be_kept_changes_nothing():
         calibrate(model, batches, float("nan"))
     with pytest.raises(ValueError, match="no images"):
         threshold_curve(model, iter([]), [0.1])
+    with pytest.raises(dg_timm.UserError, match="expected images of 3 channels, got 4"):
+        calibrate(model, [torch.randn(2, 4, 64, 64)], 0.9)
     assert all(router.fixed_threshold is None for router in routers(model).values())

@@ -17,7 +17,7 @@ def test_the_curve_of_a_network_is_measured_in_turn():
     images = torch.randn(32, 3, 16, 16)
     batch = Batch(images, torch.zeros(32, dtype=torch.long), torch.ones(32), torch.zeros(32, 2), [], [])
     models = operating_points.at_thresholds(model, [0.0, 3.0], [images])
-    static = operating_points.static_twin(model)
+    static = operating_points.make_static(model)
     curve = operating_points.measure_curve(models, static, [batch], time_batch=[8], rounds=2)
     assert [row["threshold"] for row in curve] == ["learned", "0.0", "3.0"]
     assert curve[1]["cost"] > 1 > curve[2]["cost"]

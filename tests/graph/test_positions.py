@@ -31,6 +31,8 @@ def test_blocks_have_the_positions_of_the_static_stage(kind):
     assert [stage[k] for k in range(len(stage))] == [stage.get_submodule(name) for name in "012"]
     assert stage[-1] is stage.get_submodule("2")
     assert stage[1:] == [stage[1], stage[2]]
+    assert stage[1] in stage
+    assert nn.Identity() not in stage
     with pytest.raises(IndexError):
         stage[3]
 

@@ -52,7 +52,7 @@ def test_top1_and_cost_are_those_of_the_images_that_count(model, batch):
     kept = batch.images[:30]
     assert top1 == pytest.approx(100 * (model(kept).argmax(1) == batch.labels[:30]).double().mean().item())
     assert torch.allclose(costs, dg_timm.cost(model, kept), atol=1e-6)
-    static = operating_points.static_twin(model)
+    static = operating_points.make_static(model)
     assert operating_points.predict(static, [batch])[1].tolist() == [1.0] * 30
 
 

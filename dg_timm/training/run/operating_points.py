@@ -180,7 +180,7 @@ def measure_curve(
     return rows
 
 
-def static_twin(model: nn.Module) -> nn.Module:
+def make_static(model: nn.Module) -> nn.Module:
     """Make the static network that a dynamic one is relative to, with random weights and in eval mode."""
     name = model.pretrained_cfg["architecture"].removeprefix("dg_")  # type: ignore[index, union-attr]
     return timm.create_model(name, num_classes=model.num_classes, in_chans=model.in_chans).eval()
