@@ -96,7 +96,8 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
     """Count the multiply-adds run for each image, relative to the static network's.
 
     This is what sparse execution runs, and in fixed execution its topology; of a cascade, all passes together. A
-    network with every edge open costs a little more than 1; dense execution always does that much. The model is not touched.
+    network with every edge open costs a little more than 1; dense execution always does that much. The model is not
+    touched.
 
     Args:
         model: a dynamic graph network.

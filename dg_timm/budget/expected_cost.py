@@ -33,13 +33,23 @@ class ExpectedCost:
             raise BadValue("a cost is learned by gates, and this network has none: convert it with gates=True")
         self.model = model
         self.costs: Costs = count_costs(model, input_size)
-        into_outputs = sum(float(stage.edges[:, -1].sum()) for stage in self.costs.stages.values())
-        self.always = self.costs.always_run + into_outputs
+        self.always = float(self.costs.always_run)
+        for name, stage in require_dynamic(model).items():
+            if name in self.costs.stages:
+                costs = self.costs.stages[name]
+                self.always += float(costs.edges[:, -1].sum())
+                self.always += sum(own for node, own in enumerate(costs.blocks, 1) if node not in stage.gated_nodes)
 
     @property
     def minimum(self) -> float:
-        """The cost at which every gate is closed, relative to the static network."""
-        return self.always / self.costs.static_total
+        """The cost of an image for which every gate is closed, relative to the static network."""
+        total = float(self.costs.always_run)
+        for name, stage in require_dynamic(self.model).items():
+            if name in self.costs.stages:
+                costs, ungated = self.costs.stages[name], len(stage.block_names) - len(stage.gated_nodes)
+                total += sum(costs.nodes[:ungated]) + float(costs.edges[0, 1] if ungated else 0)
+                total += float(costs.edges[ungated, -1])
+        return total / self.costs.static_total
 
     @contextmanager
     def recording(
@@ -73,10 +83,13 @@ class ExpectedCost:
             yield lambda: self._relative(stages, sampling)
 
     def _relative(self, stages: dict[str, DGStage], sampling: GateSampling) -> tuple[Tensor, Tensor]:
-        macs = [own for name in stages for own in self.costs.stages[name].blocks]
-        drawn = torch.cat([gate for stage in stages.values() for gate in sampling.drawn[stage]], dim=1)
-        run = drawn @ torch.tensor(macs, dtype=drawn.dtype, device=drawn.device)
-        return (self.always + run) / self.costs.static_total, (drawn.detach() == 0).float().mean(1)
+        macs = [
+            self.costs.stages[name].blocks[node - 1] for name, stage in stages.items() for node in stage.gated_nodes
+        ]
+        drawn = torch.cat([gate for stage in stages.values() for gate in sampling.drawn.get(stage, [])], dim=1)
+        run = drawn @ torch.tensor(macs, dtype=drawn.dtype).to(drawn.device, non_blocking=True)
+        blocks = sum(len(stage.block_names) for stage in stages.values())
+        return (self.always + run) / self.costs.static_total, (drawn.detach() == 0).float().sum(1) / blocks
 
 
 def _logistic(

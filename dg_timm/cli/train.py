@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     training_options.add_model_options(parser)
     training_options.add_optimization_options(parser)
     training_options.add_objective_options(parser)
-    return parse_with_recipe(parser, argv, RECIPES)
+    return parse_with_recipe(parser, argv, RECIPES, {"--target-cost": training_options.COST_DEFAULTS})
 
 
 def main() -> int:

@@ -35,8 +35,7 @@ def dynamize(
 
     Args:
         model: any timm model whose stages are runs of convolutional blocks, also one made with ``features_only``.
-        identity: start as the static network, bit for bit. False: every node starts from the mean of its predecessors,
-            for training from scratch.
+        identity: start as the static network, bit for bit. False: every node starts from its predecessors' mean.
         edge_scale: False drops the learned scale of each edge; weights are then the paper's alpha. Needs
             ``identity=False``, and belongs with ``block_shortcut=False``.
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
@@ -65,8 +64,7 @@ def dynamize(
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     _check_options(**options)
-    if not isinstance(gates, bool):
-        raise BadType(f"gates must be True or False, got {gates!r}")
+    options["gates"] = _checked_flag("gates", gates)
     if identity and topology != "complete":
         raise BadValue(
             f"identity conversion needs the complete topology, got {topology!r}: pass identity=False to train from "
@@ -76,7 +74,7 @@ def dynamize(
     checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     _set_checkpointing(model, checkpointing, False)  # it would hide the dataflow by which stages are found
     try:
-        _replace_stages(model, _make_stages(model, topology, topology_seed, options | {"gates": gates}))
+        _replace_stages(model, _make_stages(model, topology, topology_seed, options))
     finally:
         _set_checkpointing(model, checkpointing, True)
     return model
@@ -154,8 +152,7 @@ def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, in
         identity=identity, edge_scale=edge_scale, block_shortcut=block_shortcut, instance_aware=instance_aware
     )
     for name, value in options.items():
-        if not isinstance(value, bool):
-            raise BadType(f"{name} must be True or False, got {value!r}")
+        _checked_flag(name, value)
     if identity and not (edge_scale and block_shortcut):
         raise BadValue(
             "identity conversion needs edge_scale=True and block_shortcut=True: without them the network is another "
@@ -167,6 +164,12 @@ def _check_options(*, identity: bool, edge_scale: bool, block_shortcut: bool, in
             "half at every node. It belongs with block_shortcut=False",
             stacklevel=3,
         )
+
+
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadType(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def _check_model(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadState, BadValue
 from dg_timm.conversion.blocks import Projection
-from dg_timm.graph.gate import Gate, gates
+from dg_timm.graph.gate import OPEN_BIAS, OPEN_SHIFT, Gate, gates
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import GRAPH_OPTIONS, DGStage, graph_stages, routers
 
@@ -132,7 +132,8 @@ def _identity_of(stage: DGStage, like: Tensor) -> dict[str, Tensor]:
             scale = added[f"{name}.scale"]
             added[f"{name}.scale"] = module.initial_scale(identity=True).to(scale)
         elif isinstance(module, Gate):
-            added[f"{name}.fc.bias"].fill_(module.bias)
+            added[f"{name}.fc.bias"].fill_(OPEN_BIAS)
+            added[f"{name}.shift"].fill_(OPEN_SHIFT)
         elif isinstance(module, Projection):
             fresh = copy.deepcopy(module).to_empty(device="cpu")
             for buffer in fresh.buffers():

@@ -89,7 +89,7 @@ class Dense(Executor):
 
     def pass_on(self, node: int, feature: Tensor | None) -> Tensor | None:
         """Put what a node read in place of its block's feature, for the images for which its gate is closed."""
-        if feature is None or not self.stage.gates:
+        if feature is None or node not in self.stage.gated_nodes:
             return feature
         drawn, runs = self.draw_gate(node)
         if self.passed is None:  # the block read the stage's input; past it leads node 0's feature
@@ -120,7 +120,9 @@ class Dense(Executor):
         if self.sampling is not None and self.sampling.noise is not None:
             logit = logit + self.sampling.noise[self.stage][node - 1, :, None]
         runs = is_open(logit)
-        drawn = edges.straight_through(torch.sigmoid(logit), runs.to(logit.dtype)) if edges.learns() else logit
+        drawn = runs.to(logit.dtype)
+        if edges.learns():
+            drawn = edges.straight_through(torch.sigmoid(logit), drawn)
         if self.sampling is not None:
             self.sampling.drawn.setdefault(self.stage, []).append(drawn * edges.has_open_input(self.into))
         if self.recorder is not None:
@@ -162,7 +164,7 @@ class Checkpointed(Dense):
         past = carried = [self.carried[i][node] for i in sources]
         if first is not None:
             carried = list(autograd.split_to_edges(first.source, weights)) if self.trains else [first.source]
-        gate = self.draw_gate(node) if self.stage.gates else None
+        gate = self.draw_gate(node) if node in self.stage.gated_nodes else None
 
         def run(weights: Tensor, *carried: Tensor) -> Tensor:
             z = self.sum(carried, weights)

@@ -14,8 +14,7 @@ from dg_timm.graph import edges
 from dg_timm.graph.context import request
 
 OPEN_BIAS = 3.0  # of a new gate: open, and near enough to the step to learn
-# Of a node that would pass on a projection that has not learned yet: noise then rarely closes it
-NEW_PROJECTION_BIAS = 6.0
+OPEN_SHIFT = -5.0  # of a new gate: small budgets begin nearer to the step than large ones, or they learn the same
 
 
 class Gate(nn.Module):
@@ -23,7 +22,6 @@ class Gate(nn.Module):
 
     Args:
         in_chs: channels of the node's feature.
-        bias: of a new gate; 0 or more is open.
 
     Attributes:
         shift: (1,), what a budget of 0 would add to the logit; learned by networks that serve many budgets.
@@ -36,12 +34,10 @@ class Gate(nn.Module):
     def __init__(
         self,
         in_chs: int,
-        bias: float = OPEN_BIAS,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        self.bias = bias
         self.fc = nn.Linear(in_chs, 1, device=device, dtype=dtype)
         self.shift = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.budget = 1.0
@@ -49,10 +45,10 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Open the gate for every image."""
+        """Open the gate for every image, at a budget of 1."""
         nn.init.zeros_(self.fc.weight)
-        nn.init.constant_(self.fc.bias, self.bias)
-        nn.init.zeros_(self.shift)
+        nn.init.constant_(self.fc.bias, OPEN_BIAS)
+        nn.init.constant_(self.shift, OPEN_SHIFT)
 
     def forward(self, pooled: Tensor, budgets: Optional[Tensor] = None) -> Tensor:
         """Give the logit of running, open from 0 on.

@@ -55,10 +55,12 @@ class ScriptableStage(DGStage):
         pooled: List[Tensor] = []
         into = torch.empty(0)  # weights of the edges into the last node
         # what the next node puts out where its gate is closed; where it is open, to learn from and as bool
-        passed, gate, runs = x, torch.empty(0), torch.empty(0)
+        passed, gate, runs, is_gated = x, torch.empty(0), torch.empty(0), False
         for index, child in enumerate(self.children()):
             node = len(features)  # the next one
             if hasattr(child, "targets"):
+                if is_gated:
+                    feature, is_gated = pass_on(feature, passed, gate, runs), False
                 row: Dict[int, Tensor] = {}
                 if node == 0 or len(self.topology[node]) > 0:
                     active: Optional[Tensor] = None if node == 0 else edges.has_open_input(into)
@@ -73,7 +75,7 @@ class ScriptableStage(DGStage):
                 weights.append(row)
             elif hasattr(child, "shift"):
                 if len(self.topology[node]) > 0:
-                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    into, is_gated = self.weigh_inputs(weights, node), True
                     passed = edges.weighted_sum([features[i] for i in self.topology[node]], into)
                     logit = child(pool_inputs([pooled[i] for i in self.topology[node]], into))
                     runs = is_open(logit)
@@ -82,11 +84,11 @@ class ScriptableStage(DGStage):
                 feature, is_projected = child(x), True
             elif hasattr(child, "passes_on"):
                 if len(self.topology[node]) > 0:
-                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    into = self.weigh_inputs(weights, node)
                     feature = edges.weighted_sum([features[i] for i in self.topology[node]], into)
             elif hasattr(child, "residual"):  # such a block is called by that name alone
                 if len(self.topology[node]) > 0:
-                    into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                    into = self.weigh_inputs(weights, node)
                     sources = [features[i] for i in self.topology[node]]
                     shortcut: Optional[Tensor] = None
                     if hasattr(child, "projects_shortcut"):
@@ -95,20 +97,20 @@ class ScriptableStage(DGStage):
                         sources = [x]
                     z = edges.weighted_sum(sources, into)
                     feature = child.residual(z, shortcut)  # type: ignore[operator]
-                    if self.gates:
-                        feature = pass_on(feature, passed, gate, runs)
             elif index < self.num_entry:
                 x = child(x)
                 feature = x
             elif len(self.topology[node]) > 0:
-                into = torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
+                into = self.weigh_inputs(weights, node)
                 sources = [features[i] for i in self.topology[node]]
                 feature = child(edges.weighted_sum([x] if node == 1 and is_projected else sources, into))
-                if self.gates:
-                    feature = pass_on(feature, passed, gate, runs)
         output = len(features)
-        into = torch.stack([weights[i][output] for i in self.topology[output]], dim=1)
+        into = self.weigh_inputs(weights, output)
         return edges.weighted_sum([features[i] for i in self.topology[output]], into)
+
+    def weigh_inputs(self, weights: List[Dict[int, Tensor]], node: int) -> Tensor:
+        """The weights of the edges into a node: (batch, in-degree)."""
+        return torch.stack([weights[i][node] for i in self.topology[node]], dim=1)
 
     @torch.jit.unused
     def run_eagerly(self, x: Tensor) -> Tensor:

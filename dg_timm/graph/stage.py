@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadType, BadValue
 from dg_timm.graph.executor import Executor, FirstEdge
-from dg_timm.graph.gate import NEW_PROJECTION_BIAS, OPEN_BIAS, Gate
+from dg_timm.graph.gate import Gate
 from dg_timm.graph.plan import StagePlan
 from dg_timm.graph.router import Router
 from dg_timm.graph.skipped import SkippedBlock
@@ -37,7 +37,8 @@ class DGStage(nn.Module):
         edge_scale: False drops the learned scale of each edge (weights are the paper's alpha).
         block_shortcut: False says that the blocks have no shortcuts of their own; the graph's edges replace them.
         instance_aware: False learns one weight an edge for all images.
-        gates: True gives every block a gate (``gate1`` .. ``gateB``), by which an image skips it.
+        gates: True gives every block a gate (``gate1`` .. ``gateB``), by which an image skips it; but for block 1 where
+            node 0's feature is a new projection.
         topology: the edges that there are, as the sources of every node; by default all.
 
     Attributes:
@@ -66,11 +67,17 @@ class DGStage(nn.Module):
         self.block_shortcut = block_shortcut
         self.instance_aware = instance_aware
         self.gates = gates
+        # A new projection has learned nothing that a node could pass on (measured: 30 % of images skipped such a block
+        # of an EfficientNet, and were lost)
+        first_gated = 2 if projection is not None else 1
+        self.gated_nodes = list(range(first_gated, len(plan.blocks) + 1)) if gates else []
         self.grad_checkpointing = False
         self.is_loading_part = False  # a state dict that holds a part of the static network
         self.load_hook: Callable[..., None] | None = None
         self.execution = "dense"
-        self.budgets: list[dict[str, Any]] = []  # what each budget costs (dg_timm.budget.curve)
+        self.budgets = list[
+            dict[str, Any]
+        ]()  # TorchScript takes no annotation of an empty list; what each budget costs (dg_timm.budget.curve)
         self.cascade: dict[str, Any] | None = None  # (dg_timm.execution.cascade)
         self.edges = topology or complete(len(plan.blocks))  # the sources of every node
         self.topology = self.edges
@@ -92,10 +99,8 @@ class DGStage(nn.Module):
             self.projection = projection
         add_router(0)
         for node, name in enumerate(plan.blocks, start=1):
-            if gates:
-                passes_on_new = node == 1 and projection is not None
-                bias = NEW_PROJECTION_BIAS if passes_on_new else OPEN_BIAS
-                self.add_module(f"gate{node}", Gate(plan.out_chs, bias, device=like.device, dtype=like.dtype))
+            if node in self.gated_nodes:
+                self.add_module(f"gate{node}", Gate(plan.out_chs, device=like.device, dtype=like.dtype))
             self.add_module(name, container.get_submodule(name))
             add_router(node)
         self.training = container.training
@@ -151,9 +156,9 @@ class DGStage(nn.Module):
         for node, name in enumerate(self.block_names, start=1):
             if node in nodes and not isinstance(self.get_submodule(name), SkippedBlock):
                 setattr(self, name, SkippedBlock(self.get_submodule(name)))
-            if self.gates:
+            if node in self.gated_nodes:
                 delattr(self, f"gate{node}")
-        self.gates, self.budgets, self.cascade = False, [], None
+        self.gates, self.gated_nodes, self.budgets, self.cascade = False, [], [], None
 
     def skipped_blocks(self) -> list[int]:
         """The nodes whose blocks are left out."""
@@ -164,7 +169,7 @@ class DGStage(nn.Module):
         """Name what the graph adds, each with the name of the block that it belongs to."""
         added = {f"router{node}": self.block_names[max(node, 1) - 1] for node in range(len(self.block_names) + 1)}
         if self.gates:
-            added |= {f"gate{node}": name for node, name in enumerate(self.block_names, start=1)}
+            added |= {f"gate{node}": self.block_names[node - 1] for node in self.gated_nodes}
         if self.input_node == "projection":
             added["projection"] = self.block_names[0]
         return added

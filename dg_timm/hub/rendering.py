@@ -11,7 +11,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from dg_timm.analysis.counting import complexity
-from dg_timm.graph.stage import GRAPH_OPTIONS, graph_stages
+from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS, graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.layout import WIRING_PNG
 
@@ -69,7 +69,9 @@ def render_card(model: nn.Module, config: Mapping[str, Any], card: Card) -> Mode
 
 def _static_on_meta(name: str, config: Mapping[str, Any]) -> nn.Module:
     """Build the static network that a dynamic one's configuration describes; it has shapes, and no weights."""
-    options = {key: value for key, value in config.get("model_args", {}).items() if key not in GRAPH_OPTIONS}
+    options = {
+        key: value for key, value in config.get("model_args", {}).items() if key not in (*GRAPH_OPTIONS, *GATE_OPTIONS)
+    }
     options |= {"in_chans": config["pretrained_cfg"]["input_size"][0], "num_classes": config["num_classes"]}
     return timm.create_model(name, device="meta", **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-from dg_timm.graph.stage import GRAPH_OPTIONS
+from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS
 from dg_timm.hub.layout import CONFIG, WEIGHTS
 
 # {name with its tag: folder}
@@ -32,4 +32,4 @@ def bundled_graph_options(cfg: PretrainedCfg) -> dict[str, Any]:
     if cfg.state_dict is not None or folder not in BUNDLED.values():  # a state dict comes before a file
         return {}
     made = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_args"]
-    return {key: value for key, value in made.items() if key in GRAPH_OPTIONS}
+    return {key: value for key, value in made.items() if key in (*GRAPH_OPTIONS, *GATE_OPTIONS)}

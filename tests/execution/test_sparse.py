@@ -7,7 +7,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 import dg_timm
-from dg_timm.execution import operators, sparse
+from dg_timm.execution import operators, sparse_states
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import graph_stages, routers
 from dg_timm.graph.topology import complete
@@ -22,7 +22,7 @@ from tests.helpers.stages import images, make_stage
 @pytest.mark.parametrize("by", ["kernels", "image", "source"])
 def test_equals_dense(kind, num_blocks, batch, openness, by, monkeypatch):
     if by == "source":  # as on other devices
-        monkeypatch.setattr(sparse, "_scatter_per_image", sparse._scatter_per_source)
+        monkeypatch.setattr(sparse_states, "_scatter_per_image", sparse_states._scatter_per_source)
     for seed in range(3):
         torch.manual_seed(seed)
         stage, x = make_stage(kind, num_blocks), images(kind, batch)
@@ -155,8 +155,8 @@ def test_edges_weighed_in_one_call_are_the_routers(dtype, edge_scale, topology, 
     maps = torch.randn(3, 37, 5, 5, dtype=dtype)
 
     def weighed():
-        state = sparse.start_state(maps, len(topology))
-        assert isinstance(state, sparse.ByKernels)
+        state = sparse_states.start_state(maps, len(topology), gates=False)
+        assert isinstance(state, sparse_states.ByKernels)
         state.finish(0, maps, router)
         assert not state.native.alpha[:, 1:].any()
         return state.native.alpha[:, 0, router.targets]
@@ -183,7 +183,7 @@ def test_a_router_whose_weight_is_computed_is_asked():
     torch.nn.utils.parametrizations.weight_norm(stage.router1.fc)
     torch.nn.utils.prune.random_unstructured(stage.router2.fc, "weight", 0.5)
     routers = [stage.get_submodule(f"router{n}") for n in range(4)]
-    assert [sparse.plain_parameters(router, x.dtype) is None for router in routers] == [False, True, True, False]
+    assert [sparse_states.plain_parameters(router, x.dtype) is None for router in routers] == [False, True, True, False]
     with torch.no_grad():
         wanted = stage(x)
         stage.execution = "sparse"

@@ -4,6 +4,7 @@ import timm
 import torch
 from torch import nn
 
+from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import routers
 
 ZOO = timm.list_models("dg_*")
@@ -61,6 +62,29 @@ def close_at_random(module: nn.Module, openness: float) -> None:
         router.fc.weight.mul_(BIG)
         router.fc.bias.uniform_(-3, 3)
         router.threshold.fill_(1.6 * (1 - openness))
+
+
+@torch.no_grad()
+def gated_network(name: str = "dg_cifar_resnet20", seed: int = 1, **options: object) -> tuple[nn.Module, torch.Tensor]:
+    """A network of which every image skips about half of the blocks, each its own, and images; in double precision."""
+    torch.manual_seed(seed)
+    model = randomize_graph(randomize(timm.create_model(name, gates=True, num_classes=10, **options))).double()
+    images = torch.randn(8, 3, 32, 32, dtype=torch.double) + torch.randn(8, 3, 1, 1, dtype=torch.double)
+
+    def split_images(fc: nn.Module, args: tuple, logit: torch.Tensor) -> torch.Tensor:
+        middle = logit.median()
+        fc.bias -= middle - 1e-6
+        return logit - middle + 1e-6
+
+    hooks = []
+    for gate in gates(model).values():
+        nn.init.normal_(gate.fc.weight, std=10.0)
+        nn.init.constant_(gate.shift, -1.0)
+        hooks.append(gate.fc.register_forward_hook(split_images))
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return model, images
 
 
 def closing_network(seed: int = 1, **options: object) -> tuple[nn.Module, torch.Tensor]:

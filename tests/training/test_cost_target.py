@@ -1,48 +1,72 @@
-"""The loss with a price: the squared distance of the cost to its target, the ramp and the noise."""
+"""The loss with a price: the squared distance of the cost to its target, ranges, the ramp and the noise."""
 
 import pytest
-import timm
 import torch
 
 from dg_timm.budget.expected_cost import ExpectedCost
-from dg_timm.graph.stage import routers
+from dg_timm.graph.context import request
+from dg_timm.graph.gate import gates
 from dg_timm.training.data.images import Batch
 from dg_timm.training.loop.objective import ClassificationObjective, CostTarget
-from tests.helpers.networks import closing_network
+from tests.helpers.networks import gated_network
 
-SIZE = (3, 64, 64)
+
+def batch_of(images, mask=None):
+    n = len(images)
+    mask = torch.ones(n) if mask is None else mask
+    return Batch(images, torch.zeros(n, dtype=torch.long), mask, torch.zeros(n, 2), [], [])
 
 
 def test_the_objective_adds_the_squared_distance():
-    model = timm.create_model("dg_resnet18", num_classes=3).train()
-    n = 4
-    batch = Batch(
-        torch.randn(n, *SIZE), torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 1, 1, 0]), torch.zeros(n, 2), [], []
-    )
-    task = ClassificationObjective(3)
-    priced = CostTarget(task, ExpectedCost(model, SIZE), target=0.4, weight=7.0, ramp=10)
-    assert [priced.target_at(update) for update in (0, 5, 10, 99)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
-    model.eval()
-    losses, plain = priced(model, batch, 5), task(model, batch, 5)
-    assert set(losses.metrics) == {"top1", "cost"}
-    distance = losses.metrics["cost"][:3].mean() - 0.7
-    assert torch.allclose(losses.loss, plain.loss + 7.0 * distance**2, rtol=1e-5)
-    above = priced(model, batch, 99)  # nothing is closed, and the target is 0.4
-    above.loss.sum().backward()
-    gradients = [router.scale.grad for router in routers(model).values()]
-    assert any(float(gradient.abs().sum()) > 0 for gradient in gradients)
+    model, images = gated_network()
+    batch = batch_of(images, torch.tensor([1.0] * 6 + [0.0] * 2))
+    task, expected = ClassificationObjective(10), ExpectedCost(model)
+    priced = CostTarget(task, expected, targets=(0.4, 0.4), weight=7.0, ramp=10)
+    assert [priced.targets_at(update)[0] for update in (0, 5, 10, 99)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
+    losses, plain = priced(model, batch, 99), task(model, batch, 99)
+    assert set(losses.metrics) == {"top1", "cost", "skipped", "spread"}
+    cost = losses.metrics["cost"][:6]  # images that don't count have no price
+    distance = cost.mean() - 0.4
+    torch.testing.assert_close(losses.loss, plain.loss + 7.0 * distance**2, check_dtype=False)
+    assert torch.allclose(losses.metrics["spread"][:6], (cost - cost.mean()).abs())
+    losses.loss.sum().backward()
+    assert all(gate.fc.bias.grad.any() for gate in gates(model).values())
 
 
 def test_nothing_is_paid_below_the_target_and_the_noise_goes():
-    model, images = closing_network()
-    batch = Batch(images, torch.zeros(8, dtype=torch.long), torch.ones(8), torch.zeros(8, 2), [], [])
-    task = ClassificationObjective(10)
-    priced = CostTarget(task, ExpectedCost(model), target=1.0, noise=5.0, noise_until=10, seed=3)
+    model, images = gated_network()
+    batch, task = batch_of(images), ClassificationObjective(10)
+    priced = CostTarget(task, ExpectedCost(model), targets=(1.1, 1.1), noise=5.0, noise_until=10, seed=3)
     assert [priced.noise_at(update) for update in (0, 5, 10, 99)] == [5.0, 2.5, 0.0, 0.0]
     assert torch.equal(priced(model, batch, 10).loss, task(model, batch, 10).loss)
     noisy = priced(model, batch, 0)
-    assert noisy.metrics["cost"].std() > 0.01  # images meet the network with and without a block
-    assert torch.equal(
-        priced(model, batch, 0).metrics["cost"], noisy.metrics["cost"]
-    )  # drawn by seed, update and process
+    same = priced(model, batch, 0)  # drawn by seed, update and process
+    assert torch.equal(same.metrics["cost"], noisy.metrics["cost"])
     assert not torch.equal(priced(model, batch, 0, 0, 1).metrics["cost"], noisy.metrics["cost"])
+
+
+def test_of_a_range_thirds_aim_at_its_ends_and_one_between():
+    model, images = gated_network()
+    images = images.repeat(12, 1, 1, 1)
+    for gate in gates(model).values():
+        gate.shift.data.fill_(-100.0)
+    seen = []
+
+    def task(model, batch, *entropy):
+        seen.append(request().gates.budgets[:, 0])
+        return ClassificationObjective(10)(model, batch, *entropy)
+
+    priced = CostTarget(task, ExpectedCost(model), targets=(0.5, 0.9), seed=1)
+    losses = priced(model, batch_of(images), 5)
+    (budgets,) = seen
+    assert (budgets == 0.5).sum() == (budgets == 0.9).sum() == len(images) / 3
+    between = budgets[(budgets != 0.5) & (budgets != 0.9)]
+    assert between.min() > 0.5
+    assert between.max() < 0.9
+    cost = losses.metrics["cost"]
+    assert cost[budgets == 0.5].mean() < cost[budgets == 0.9].mean()
+    distance = (cost[budgets == 0.5].mean() - 0.5).clamp(min=0)
+    priced.weight = 0.0
+    free = priced(model, batch_of(images), 5)
+    added = (losses.loss - free.loss)[budgets == 0.5]
+    assert torch.allclose(added, torch.full_like(added, 20.0) * distance.double() ** 2, rtol=1e-4)

@@ -13,6 +13,7 @@ from torch import nn
 
 from dg_timm._errors import BadValue
 from dg_timm.budget.expected_cost import ExpectedCost
+from dg_timm.conversion.state_dict import is_identity
 from dg_timm.training.loop import optimization
 from dg_timm.training.loop.objective import ClassificationObjective, CostTarget
 from dg_timm.training.run import fine_tuning, networks
@@ -44,7 +45,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
         BadValue: naming the option that can't be used.
     """
     options = dict(in_chans=args.in_chans, drop_rate=args.drop, drop_path_rate=args.drop_path, **args.model_kwargs)
-    if args.target_cost is not None:
+    if args.target_cost is not None and networks.is_dynamic(args.model):
         options = {"gates": True} | options
     model = networks.create(
         args.model,
@@ -68,11 +69,12 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
 def _build_teacher(
     args: argparse.Namespace, student: Any, fresh: bool, accelerator: Accelerator
 ) -> DistillationTeacher | None:
-    if args.distill in (None, "none"):
+    name = args.distill
+    if name is None and args.target_cost is not None and not fresh and is_identity(student):
+        name = "static"  # what a network that learns to skip is measured by
+    if name in (None, "none"):
         return None
-    teacher = fine_tuning.create_teacher(
-        args.distill, student, args.model, fresh, in_chans=args.in_chans, **args.model_kwargs
-    )
+    teacher = fine_tuning.create_teacher(name, student, args.model, fresh, in_chans=args.in_chans, **args.model_kwargs)
     return teacher.to(accelerator.device)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadValue
 from dg_timm.conversion.state_dict import is_identity, is_static
-from dg_timm.graph.stage import GRAPH_OPTIONS, graph_stages, routers
+from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS, graph_stages, routers
 from dg_timm.hub.card import Card
 from dg_timm.hub.config import write_config
 from dg_timm.hub.save import save_pretrained
@@ -64,7 +64,7 @@ def _static_teacher(student: TimmModel, student_name: str, fresh: bool, options:
         raise BadValue(
             f"--distill: {student_name} starts from dynamic weights, not from a static network; name a teacher"
         )
-    options = {key: value for key, value in options.items() if key not in GRAPH_OPTIONS}
+    options = {key: value for key, value in options.items() if key not in (*GRAPH_OPTIONS, *GATE_OPTIONS)}
     architecture = student.pretrained_cfg["architecture"]
     teacher = timm.create_model(architecture.removeprefix("dg_"), num_classes=student.num_classes, **options)
     teacher.load_state_dict(static_part(student.state_dict()))

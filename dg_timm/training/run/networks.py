@@ -11,7 +11,7 @@ from timm.models import load_model_config_from_hf
 from torch import nn
 
 from dg_timm._errors import BadValue, UserError
-from dg_timm.graph.stage import GRAPH_OPTIONS
+from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS
 from dg_timm.models import registry as zoo
 
 TimmModel = Any  # an nn.Module with timm's attributes
@@ -102,6 +102,15 @@ def implies_pretrained(name: str) -> bool:
     return _resolve(name)[1]
 
 
+def is_dynamic(name: str) -> bool:
+    """Tell whether a name stands for a dynamic network."""
+    name, saved = _resolve(name)
+    kind, _, place = name.partition(":")
+    if saved and kind == "local-dir":
+        return str(_read_config(Path(place)).get("architecture", "")).startswith("dg_")
+    return (load_model_config_from_hf(place)[1] if saved else name).startswith("dg_")
+
+
 def saved_args(name: str) -> dict[str, Any]:
     """Read from config.json with which arguments the model of a folder or of the Hub was made; none for other names."""
     name, saved = _resolve(name)
@@ -130,7 +139,9 @@ def _graph_options(name: str, weights: Path) -> dict[str, Any]:
     made = _read_config(weights.parent)
     if not str(made.get("architecture", "")).startswith("dg_"):
         return {}
-    return {key: value for key, value in (made.get("model_args") or {}).items() if key in GRAPH_OPTIONS}
+    return {
+        key: value for key, value in (made.get("model_args") or {}).items() if key in (*GRAPH_OPTIONS, *GATE_OPTIONS)
+    }
 
 
 def _classes_in(name: str, file: Path, needed: bool = True) -> int:

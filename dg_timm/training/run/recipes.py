@@ -23,7 +23,10 @@ _ALIASES = {  # what other trainers call it
 
 
 def parse_with_recipe(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, recipes: Path | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    recipes: Path | None = None,
+    defaults_with: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> argparse.Namespace:
     """Parse a command line. The options of its ``--recipe`` become defaults, which the command line overrides.
 
@@ -33,8 +36,12 @@ def parse_with_recipe(
         parser: with a ``--recipe`` option, and no argument that is required.
         argv: words of the command line; by default those of this process.
         recipes: folder in which a recipe is looked up by name.
+        defaults_with: {option: defaults of others where the command line gives it}; a recipe overrides them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for option, defaults in (defaults_with or {}).items():
+        if any(word.partition("=")[0] == option for word in argv):
+            parser.set_defaults(**defaults)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe")
     name = finder.parse_known_args(argv)[0].recipe

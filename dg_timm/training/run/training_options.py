@@ -14,6 +14,11 @@ from dg_timm.training.run.option_types import (
     positive_int,
 )
 
+# Of fine-tuning a converted network towards a cost: six short epochs at a small rate (docs/training.md)
+COST_DEFAULTS = dict(
+    epochs=6, opt="adamw", lr=2.5e-4, graph_lr_scale=0.1, weight_decay=0.05, warmup_epochs=0.25, smoothing=0.1
+)
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the network."""
@@ -194,7 +199,7 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
         const="static",
         metavar="TEACHER",
         help="network whose logits are learned; without a name, the static network that --model was converted from; "
-        "none or by default: no teacher",
+        "none: no teacher; by default none, and with --target-cost the static network where its classifier is trained",
     )
     loss.add_argument(
         "--distill-weight", type=fraction, default=0.5, help="share of the distillation loss in the whole loss"
