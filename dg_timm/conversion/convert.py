@@ -30,8 +30,7 @@ def dynamize(
 ) -> nn.Module:
     """Give every stage of a timm model a graph of its own for each image; in place, and returned.
 
-    The model stays an instance of timm's class with timm's attribute and parameter names; its static state dict is a
-    subset of the new one and still loads (as the identity).
+    The model stays an instance of timm's class with timm's names; its static state dict still loads, as the identity.
 
     Args:
         model: any timm model whose stages are runs of convolutional blocks, also one made with ``features_only``.
@@ -41,11 +40,11 @@ def dynamize(
         block_shortcut: False drops the blocks' own shortcuts, so that the graph's edges replace them (ResNet, RegNet
             and MobileNetV2-like blocks). Needs ``identity=False``.
         instance_aware: False learns one weight an edge, the same for every image (the paper's ablation, Table 6).
-        gates: give every block a gate, by which an image can skip it: it is then not run, and its node passes on what
-            it read. All are open at the start. Train them with a cost target (``--target-cost``).
-        topology: the edges that a stage has: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
+        gates: give every block a gate, by which an image can skip it; its node then passes on what it read. All are
+            open at the start; train them with a cost target (``--target-cost``).
+        topology: the edges of a stage: ``complete``; ``er``, ``ba`` or ``ws``, the random graphs of Table 4
             (:mod:`dg_timm.graph.topology`; needs ``identity=False`` and networkx); or the sources of every node by
-            stage, ``{"layer1": [[], [0], [0, 1], ...], ...}``, as a saved network has them in its configuration.
+            stage, ``{"layer1": [[], [0], [0, 1], ...], ...}``, as in the configuration of a saved network.
         topology_seed: of a random graph; every stage draws its own.
 
     Raises:

@@ -43,8 +43,10 @@ class ScriptableStage(DGStage):
 
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`DGStage.forward`; compiled, in dense or fixed execution."""
-        if not torch.jit.is_scripting():
-            return self.run_eagerly(x)
+        return self.run_compiled(x) if torch.jit.is_scripting() else self.run_eagerly(x)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        """Run what TorchScript compiles."""
         feature = x  # of the last node; of node 0 first
         is_projected = False  # node 0's feature is a module's projection of x; block 1 reads x
         for child in self.children():
@@ -62,15 +64,14 @@ class ScriptableStage(DGStage):
                 if is_gated:
                     feature, is_gated = pass_on(feature, passed, gate, runs), False
                 row: Dict[int, Tensor] = {}
+                means = feature  # nobody reads it if nothing leads to the node
                 if node == 0 or len(self.topology[node]) > 0:
                     active: Optional[Tensor] = None if node == 0 else edges.has_open_input(into)
                     means = edges.global_average_pool(feature)
                     given = child(means, active)
                     for k, target in enumerate(child.targets):  # type: ignore[arg-type]
                         row[target] = given[:, k]
-                    pooled.append(means)
-                else:
-                    pooled.append(feature)  # of a node that nothing leads to, which nobody reads
+                pooled.append(means)
                 features.append(feature)
                 weights.append(row)
             elif hasattr(child, "shift"):
@@ -82,10 +83,6 @@ class ScriptableStage(DGStage):
                     gate = edges.straight_through(torch.sigmoid(logit), runs.to(logit.dtype))
             elif hasattr(child, "projects_input"):
                 feature, is_projected = child(x), True
-            elif hasattr(child, "passes_on"):
-                if len(self.topology[node]) > 0:
-                    into = self.weigh_inputs(weights, node)
-                    feature = edges.weighted_sum([features[i] for i in self.topology[node]], into)
             elif hasattr(child, "residual"):  # such a block is called by that name alone
                 if len(self.topology[node]) > 0:
                     into = self.weigh_inputs(weights, node)
@@ -98,12 +95,13 @@ class ScriptableStage(DGStage):
                     z = edges.weighted_sum(sources, into)
                     feature = child.residual(z, shortcut)  # type: ignore[operator]
             elif index < self.num_entry:
-                x = child(x)
-                feature = x
+                x = feature = child(x)
             elif len(self.topology[node]) > 0:
                 into = self.weigh_inputs(weights, node)
                 sources = [features[i] for i in self.topology[node]]
-                feature = child(edges.weighted_sum([x] if node == 1 and is_projected else sources, into))
+                # a block 1 that is left out passes on node 0's feature
+                reads_input = node == 1 and is_projected and not hasattr(child, "passes_on")
+                feature = child(edges.weighted_sum([x] if reads_input else sources, into))
         output = len(features)
         into = self.weigh_inputs(weights, output)
         return edges.weighted_sum([features[i] for i in self.topology[output]], into)

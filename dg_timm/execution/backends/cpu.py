@@ -28,6 +28,7 @@ from dg_timm._files import atomic_path
 from dg_timm._hardware import processor_features
 
 SOURCE = Path(__file__).with_name("cpu.c")
+PARTS = (SOURCE, SOURCE.with_name("cpu_sparse.h"))
 # A fused multiply-add is asked for where torch has one, and nowhere else: results then agree to the bit.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -262,7 +263,7 @@ def _build() -> tuple[list[str], Path]:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, timeout=_COMPILER_SECONDS, check=True
     ).stdout
-    made_of = (SOURCE.read_bytes(), version, repr((compiler, FLAGS)).encode(), processor_features())
+    made_of = (*(part.read_bytes() for part in PARTS), version, repr((compiler, FLAGS)).encode(), processor_features())
     name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
     return compiler, _folder() / name
 
