@@ -25,7 +25,7 @@ import dg_timm
 from dg_timm._errors import BadValue, UserError
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.loader import sample_images
-from dg_timm.training.data.sources import Splits
+from dg_timm.training.data.splits import Splits
 from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.run import data_options, networks

@@ -7,7 +7,7 @@ from dg_timm._errors import BadValue
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.coco import annotation_file, annotation_files, found_files_hint, read_coco
 from dg_timm.detection.data.columns import ColumnTable, open_tables, table_categories
-from dg_timm.training.data.sources import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
+from dg_timm.training.data.splits import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
 
 
 class DataOptions(NamedTuple):
@@ -49,7 +49,7 @@ def load_detection(
     Args:
         source: ``digits``: pages of scikit-learn's handwritten digits. A folder with images and COCO annotation files
             (``instances_train.json``, ``annotations/instances_train2017.json``, ``train/_annotations.coco.json``). Or
-            what :mod:`dg_timm.training.data.sources` opens (the Hub, Parquet, ``save_to_disk``), with a column of
+            what :mod:`dg_timm.training.data.opening` opens (the Hub, Parquet, ``save_to_disk``), with a column of
             images and one of ``objects`` (``bbox`` and ``category``).
         options: which splits and files to read, and how.
         known: the classes of a detector that is to be evaluated; nothing is then loaded to train on.

@@ -3,6 +3,7 @@
 import difflib
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ from dg_timm.detection.data.boxes import (
     make_annotations,
 )
 from dg_timm.detection.data.digits import digit_pages
-from dg_timm.training.data.sources import load_parts
+from dg_timm.training.data.opening import open_source
 
 OBJECT_COLUMNS = ("objects", "annotations", "faces")
 BOX_KEYS = ("bbox", "boxes", "box")
@@ -29,7 +30,11 @@ CROWD_KEYS = ("iscrowd", "is_crowd")
 
 def open_tables(source: str) -> dict[str, Any]:
     """Open every split of a data set, by name; ``digits`` makes pages of handwritten digits."""
-    return digit_pages() if source == "digits" else load_parts(source, streaming=False)
+    if source == "digits":
+        return digit_pages()
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
+        raise BadValue(f"no such folder: {source}; give a folder with images and COCO annotation files")
+    return open_source(source, streaming=False).parts
 
 
 class ColumnTable:

@@ -17,7 +17,7 @@ from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
 from dg_timm.training.data.loader import Loader, sample_images
-from dg_timm.training.data.sources import Splits
+from dg_timm.training.data.splits import Splits
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
 from dg_timm.training.loop.report import TOP1, Metric, Row

@@ -20,7 +20,7 @@ from dg_timm.analysis.recorder import record_adjacency
 from dg_timm.budget.norms import refit_norms
 from dg_timm.graph.stage import graph_stages, routers
 from dg_timm.training.data.images import Batch
-from dg_timm.training.data.sources import Split
+from dg_timm.training.data.splits import Split
 from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.run import data_options
 from dg_timm.training.run.build_data import data_config_of, limit, load_data, make_loader

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dg_timm._errors import BadValue
 from dg_timm.analysis.counting import complexity
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.data.sources import Splits, count_rows
+from dg_timm.training.data.splits import Splits, count_rows
 from dg_timm.training.loop.optimization import BatchSplit, split_batch
 from dg_timm.training.run.build import Network, build_network, build_optimization
 from dg_timm.training.run.build_data import load_data
