@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dg_timm._errors import BadValue
-from dg_timm.training.data.sources import count_rows, load_splits
+from dg_timm.training.data.sources import load_splits
+from dg_timm.training.data.splits import count_rows
 from tests.helpers.files import DIGITS, png, shards
 
 

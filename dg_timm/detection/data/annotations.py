@@ -91,7 +91,7 @@ def _load_coco(
             f"{val_folder} has no annotation file to evaluate on{found_files_hint(val_folder)}; name it with "
             "--val-annotations, or its split with --val-split"
         )
-    test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes)
+    test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes, known)
     return DetectionSplits(train, test, known), test_categories
 
 
@@ -114,7 +114,8 @@ def _load_tables(source: str, options: DataOptions, known: Categories | None) ->
         train = train_table.read(known, options.box_format, options.drop_bad_boxes)
     else:
         names = val_table.class_names
-        test_categories = known if names is None else Categories(names, list(range(len(names))))
+        own = None if names is None else Categories(names, list(range(len(names))))
+        test_categories = known if own is None or known.labels_of(own.by_id) is not None else own
     test = val_table.read(test_categories, options.box_format, options.drop_bad_boxes)
     return DetectionSplits(train, test, known), test_categories
 

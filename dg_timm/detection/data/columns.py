@@ -18,6 +18,8 @@ from dg_timm.detection.data.boxes import (
     ImageAnnotations,
     box_area,
     make_annotations,
+    read_area,
+    read_crowd,
 )
 from dg_timm.detection.data.digits import digit_pages
 from dg_timm.training.data.opening import open_source
@@ -88,8 +90,9 @@ class ColumnTable:
         Raises:
             BadValue: a box is bad, a category is unknown, or an image whose size is not stored can't be read.
         """
+        own = None if self.class_names is None else categories.labels_of(dict(enumerate(self.class_names)))
         label_of: Mapping[Any, int] = {
-            **{category: label for label, category in enumerate(categories.ids, start=1)},
+            **(own or {category: label for label, category in enumerate(categories.ids, start=1)}),
             **{name: label for label, name in enumerate(categories.names, start=1)},
         }
         validator = BoxValidator(self.name, drop)
@@ -109,16 +112,17 @@ class ColumnTable:
         boxes, areas, labels, crowds = [], [], [], []
         for k, (box, kind) in enumerate(zip(given, kinds, strict=True)):
             where = f"object {k} of row {number}"
+            place = f"{where} of {self.name}"
             if isinstance(kind, bool) or not isinstance(kind, (int, str)) or kind not in label_of:
                 names = [name for name in label_of if isinstance(name, str)]
-                raise BadValue(f"{where} of {self.name} has the category {kind!r}; there are {names}")
+                raise BadValue(f"{place} has the category {kind!r}; there are {names}")
+            area, crowd = read_area(stored_areas[k], place), read_crowd(stored_crowds[k], place)
             checked = validator.check(box, box_format, size, where)
             if checked is not None:
-                area = stored_areas[k]
                 boxes.append(checked)
-                areas.append(float(area) if isinstance(area, (int, float)) and area else box_area(checked))
+                areas.append(area or box_area(checked))
                 labels.append(label_of[kind])
-                crowds.append(bool(stored_crowds[k]))
+                crowds.append(crowd)
         image_id = row.get("image_id")
         return make_annotations(number if image_id is None else image_id, number, size, boxes, labels, areas, crowds)
 
@@ -129,19 +133,20 @@ class ColumnTable:
         try:
             with Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as opened:
                 return opened.height, opened.width
-        except (OSError, Pillow.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise anything
             raise BadValue(f"the image of row {number} of {self.name} can't be read: {error}") from error
 
 
 def table_categories(train: ColumnTable, test: ColumnTable) -> tuple[Categories, Categories]:
     """The classes of both splits.
 
-    Where both have a ``ClassLabel``, each has its own; otherwise they share those of the one that has, or else every
-    category that any object of either split has.
+    Where both have a ``ClassLabel`` and the split to evaluate on knows others, each has its own; otherwise they share
+    those to train on, those of the one that has a ``ClassLabel``, or else every category that any object has.
     """
     if train.class_names is not None and test.class_names is not None:
         both = [Categories(names, list(range(len(names)))) for names in (train.class_names, test.class_names)]
-        return both[0], both[1]
+        shared_names = both[0].labels_of(both[1].by_id) is not None
+        return both[0], both[0] if shared_names else both[1]
     names = train.class_names or test.class_names
     values = train.values() | test.values()
     if names is None and all(isinstance(value, str) for value in values):

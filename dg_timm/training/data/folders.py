@@ -14,11 +14,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from dg_timm._errors import BadValue
 
 SPLIT_FOLDERS = ("train", "val", "validation", "test")
-IMAGE_SUFFIXES = frozenset(
-    ".apng .avif .bmp .dib .gif .heic .heif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif "
-    ".tiff .webp".split()
-)
-_LIKE_SPLITS = frozenset("train training val valid validation dev test testing eval".split())  # in any spelling
+IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe",
+                  ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff",
+                  ".webp")  # fmt: skip
+_LIKE_SPLITS = (*SPLIT_FOLDERS, "training", "valid", "dev", "testing", "eval")  # in any spelling
 _MAX_SHOWN = 8
 
 Files = dict[str, list[str]]  # paths of images, by class

@@ -11,9 +11,7 @@ from dg_timm._errors import BadValue
 _MAX_SHOWN = 8
 
 
-def name_classes(
-    rows: Any, label: str, given: Sequence[str] | None, num_classes: int | None, source: str
-) -> list[str]:
+def name_classes(rows: Any, label: str, given: Sequence[str] | None, num_classes: int | None, source: str) -> list[str]:
     """Name every class: by the user's names, by those of the data set, or by what its labels are.
 
     Raises:

@@ -33,7 +33,11 @@ class Opened(NamedTuple):
 
 
 def open_source(
-    source: str, streaming: bool, cache_dir: Path | None = None, asked: Collection[str] = (), image_key: str | None = None
+    source: str,
+    streaming: bool,
+    cache_dir: Path | None = None,
+    asked: Collection[str] = (),
+    image_key: str | None = None,
 ) -> Opened:
     """Open a source of :func:`dg_timm.training.data.sources.load_splits`.
 

@@ -134,8 +134,8 @@ class _Finder:
         test = test or next(iter(parts))
         same = Path(source).expanduser().resolve() == Path(val_source).expanduser().resolve()
         if same and test == train:
-            raise BadValue(f"--val-data {val_source} holds the rows to train on; give others, or leave it out and a part "
-                           "is set aside")  # fmt: skip
+            raise BadValue(f"--val-data {val_source} holds the rows to train on; give others, or leave it out and a "
+                           "part is set aside")  # fmt: skip
         others = [f"the split {name} ({_size(part)})" for name, part in parts.items() if name not in (test, train)]
         return parts[test], [f"of {val_source}: {one}" for one in ([*left_out, *others] if not same else [])]
 
