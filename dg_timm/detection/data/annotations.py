@@ -76,21 +76,23 @@ def _load_coco(
     folder: Path, val_folder: Path, options: DataOptions, known: Categories | None
 ) -> tuple[DetectionSplits, Categories]:
     """Both splits, and the categories of the one to evaluate on."""
-    train = _no_rows(str(folder))
+    train, learned = _no_rows(str(folder)), None
     if known is None:
-        file = annotation_file(folder, options.train_split, TRAIN_SPLITS, options.train_annotations)
-        if file is None:
+        learned = annotation_file(folder, options.train_split, TRAIN_SPLITS, options.train_annotations)
+        if learned is None:
             raise BadValue(
                 f"{folder} has no annotation file for {options.train_split or 'train'}{found_files_hint(folder)}; name "
                 "it with --train-annotations, or its split with --train-split"
             )
-        train, known = read_coco(file, folder, options.image_folder, options.drop_bad_boxes)
+        train, known = read_coco(learned, folder, options.image_folder, options.drop_bad_boxes)
     file = annotation_file(val_folder, options.val_split, HELD_OUT_SPLITS, options.val_annotations)
     if file is None:
         raise BadValue(
             f"{val_folder} has no annotation file to evaluate on{found_files_hint(val_folder)}; name it with "
             "--val-annotations, or its split with --val-split"
         )
+    if learned is not None and file.resolve() == learned.resolve():
+        raise BadValue(f"{file} holds the images to train on; name others to evaluate on with --val-annotations")
     test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes, known)
     return DetectionSplits(train, test, known), test_categories
 
@@ -109,6 +111,9 @@ def _load_tables(source: str, options: DataOptions, known: Categories | None) ->
         rows = pick_split(parts, options.train_split, TRAIN_SPLITS, source, "--train-split")
         if rows is None:
             raise BadValue(f"{source} has the splits {', '.join(parts)}; choose one with --train-split")
+        if rows is val_table.table:
+            raise BadValue(f"{val_source}: the rows to train on and to evaluate on are the same; choose others with "
+                           "--val-split or --val-data")  # fmt: skip
         train_table = ColumnTable(rows, f"the training split of {source}")
         known, test_categories = table_categories(train_table, val_table)
         train = train_table.read(known, options.box_format, options.drop_bad_boxes)

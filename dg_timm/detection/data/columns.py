@@ -47,6 +47,7 @@ class ColumnTable:
         name: how messages call it.
 
     Attributes:
+        table: the split, as it was given.
         class_names: the names of the classes, where the column is a ``ClassLabel``; otherwise None.
 
     Raises:
@@ -54,7 +55,7 @@ class ColumnTable:
     """
 
     def __init__(self, table: Any, name: str) -> None:
-        self.name = name
+        self.name, self.table = name, table
         features = table.features
         image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
         objects = next((key for key in OBJECT_COLUMNS if key in features), None)

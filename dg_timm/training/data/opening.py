@@ -12,6 +12,7 @@ from dg_timm._errors import BadValue
 from dg_timm.training.data import file_lists
 from dg_timm.training.data.digits import open_digits
 from dg_timm.training.data.folders import Tree, open_image_folder, read_tree
+from dg_timm.training.data.splits import HELD_OUT_SPLITS, TRAIN_SPLITS
 
 _MOST_SHARDS = 64  # of what is read as a stream although it has an index
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -57,9 +58,9 @@ def open_source(
         raise
     except (ValueError, OSError) as error:  # of datasets, which does not always name the source
         raise BadValue(_explain(source, error)) from error
-    if streaming:
-        return opened._replace(parts={name: _as_stream(part) for name, part in opened.parts.items()})
-    return opened
+    usual = [name for name in (*TRAIN_SPLITS, *HELD_OUT_SPLITS) if name in opened.parts]
+    parts = {name: opened.parts[name] for name in dict.fromkeys([*usual, *opened.parts])}
+    return opened._replace(parts={name: _as_stream(part) if streaming else part for name, part in parts.items()})
 
 
 def _explain(source: str, error: Exception) -> str:
@@ -164,8 +165,11 @@ def _shards_by_split(path: Path, suffix: str, asked: Collection[str]) -> dict[st
 
 
 def _load_shards(suffix: str, parts: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    files = {name: _literal(paths) for name, paths in parts.items()}
-    return dict(datasets.load_dataset(_BUILDERS[suffix], data_files=files, **options))
+    """Load every split by itself: together, all would be read with the columns and classes of the first one."""
+    found: dict[str, Any] = {}
+    for name, paths in parts.items():
+        found |= datasets.load_dataset(_BUILDERS[suffix], data_files={name: _literal(paths)}, **options)
+    return found
 
 
 def _literal(paths: Iterable[Path]) -> list[str]:

@@ -71,7 +71,9 @@ def load_splits(
         kept, aside = set_aside(train.rows.select_columns(["label"])[:]["label"], test_fraction, seed, source)
         test = train.select(aside, f"{100 * test_fraction:.0f} % of {source}, set aside")
         return Splits(train.select(kept), test, names, tuple(reader.left_out))
-    val_image, val_label = _columns(found.test, image_key or image, label_key or label, val_source)
+    have = found.test.features or {}  # columns of the same names, where it has them
+    val_keys = image_key or (image if image in have else None), label_key or (label if label in have else None)
+    val_image, val_label = _columns(found.test, *val_keys, val_source)
     val_own = names_of_numbers(first.features[label], found.test.features[val_label], names)
     test = reader.read(found.test, val_image, val_label, f"the evaluation split of {val_source}", names, val_own)
     return Splits(train, test, names, tuple(reader.left_out))

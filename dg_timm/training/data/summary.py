@@ -1,6 +1,7 @@
 """What a data set holds, in a line and in a picture, before anything is trained on it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -59,7 +60,7 @@ def draw_samples(split: Split, label_names: list[str], file: Path) -> None:
         raise BadValue(f"the picture {file} can't be written: {error}") from error
 
 
-def _samples(split: Split) -> list[dict[str, object]]:
+def _samples(split: Split) -> list[dict[str, Any]]:
     if split.streamed:
         return list(split.rows.take(_SAMPLES))
     return [split.rows[int(k)] for k in np.unique(np.linspace(0, len(split.rows) - 1, _SAMPLES).astype(int))]
