@@ -92,7 +92,7 @@ def _read(file: Path) -> pd.DataFrame:
         if file.suffix == ".parquet":
             return pd.read_parquet(file)
         if file.suffix == ".jsonl":
-            return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
+            return pd.read_json(file, lines=True, dtype=False)
         separator = "\t" if file.suffix == ".tsv" else ","
         table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except Exception as error:  # whatever the parsers raise

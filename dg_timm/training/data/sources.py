@@ -50,13 +50,14 @@ def load_splits(
         seed: of that choice.
         cache_dir: folder for the copy that ``datasets`` makes; by default its own cache.
         skip_bad_rows: leave out and count rows whose label is no class, instead of refusing them.
-        only_evaluate: take all rows of a data set whose only splits are held out, and none to train on.
+        only_evaluate: nothing is trained: of a data set whose splits are held out ones, take all rows of the first.
 
     Raises:
         BadValue: for a path that does not exist, and for a split, column or label names that are missing, empty, or
             out of range.
     """
-    found = _Finder(streaming, cache_dir, image_key).find(source, val_source, train_split, val_split, only_evaluate)
+    finder = _Finder(streaming, cache_dir, image_key, only_evaluate)
+    found = finder.find(source, val_source, train_split, val_split)
     reader = _Reader(skip_bad_rows, list(found.left_out))
     val_source = val_source or source
     first, first_source = (found.train, source) if found.train is not None else (found.test, val_source)
@@ -68,15 +69,17 @@ def load_splits(
         return Splits(Split(None, f"nothing of {source}", 0), test, names, tuple(reader.left_out))
     train = reader.read(first, image, label, f"the training split of {source}", names, own)
     if found.test is None:
-        kept, aside = set_aside(train.rows.select_columns(["label"])[:]["label"], test_fraction, seed, source)
-        test = train.select(aside, f"{100 * test_fraction:.0f} % of {source}, set aside")
-        return Splits(train.select(kept), test, names, tuple(reader.left_out))
-    have = found.test.features or {}  # columns of the same names, where it has them
-    val_keys = image_key or (image if image in have else None), label_key or (label if label in have else None)
-    val_image, val_label = _columns(found.test, *val_keys, val_source)
+        return Splits(*_divide(train, test_fraction, seed, source), names, tuple(reader.left_out))
+    val_image, val_label = _columns(found.test, image_key, label_key, val_source, (image, label))
     val_own = names_of_numbers(first.features[label], found.test.features[val_label], names)
     test = reader.read(found.test, val_image, val_label, f"the evaluation split of {val_source}", names, val_own)
     return Splits(train, test, names, tuple(reader.left_out))
+
+
+def _divide(split: Split, fraction: float, seed: int, source: str) -> tuple[Split, Split]:
+    """Set a part of every class aside; return the rest, and that part."""
+    kept, aside = set_aside(split.rows.select_columns(["label"])[:]["label"], fraction, seed, source)
+    return split.select(kept), split.select(aside, f"{100 * fraction:.0f} % of {source}, set aside")
 
 
 class _Found(NamedTuple):
@@ -90,17 +93,16 @@ class _Found(NamedTuple):
 class _Finder:
     """Finds the rows of both splits."""
 
-    def __init__(self, streaming: bool, cache_dir: Path | None, image_key: str | None) -> None:
+    def __init__(self, streaming: bool, cache_dir: Path | None, image_key: str | None, only_evaluate: bool) -> None:
         self.streaming, self.cache_dir, self.image_key = streaming, cache_dir, image_key
+        self.only_evaluate = only_evaluate
 
-    def find(
-        self, source: str, val_source: str | None, train_split: str | None, val_split: str | None, only_evaluate: bool
-    ) -> _Found:
+    def find(self, source: str, val_source: str | None, train_split: str | None, val_split: str | None) -> _Found:
         asked = [name for name in (train_split, None if val_source else val_split) if name is not None]
         parts, left_out = open_source(source, self.streaming, self.cache_dir, asked, self.image_key)
         test = None if val_source else find_split(parts, val_split, HELD_OUT_SPLITS, source, "--val-split")
         train = find_split(parts, train_split, TRAIN_SPLITS, source, "--train-split")
-        if train is None and not (only_evaluate and test is not None):
+        if train is None and not (self.only_evaluate and test is not None):
             train = self._only_split(parts, source, val_split if val_source is None else None)
         if test == train and val_split and val_source is None:
             raise BadValue(f"--val-split {val_split} of {source} holds the rows to train on; choose others to evaluate "
@@ -135,7 +137,7 @@ class _Finder:
             raise BadValue(f"{val_source} has the splits {', '.join(parts) or 'no images'}; choose with --val-split")
         test = test or next(iter(parts))
         same = Path(source).expanduser().resolve() == Path(val_source).expanduser().resolve()
-        if same and test == train:
+        if same and test == train and not self.only_evaluate:
             raise BadValue(f"--val-data {val_source} holds the rows to train on; give others, or leave it out and a "
                            "part is set aside")  # fmt: skip
         others = [f"the split {name} ({_size(part)})" for name, part in parts.items() if name not in (test, train)]
@@ -146,9 +148,14 @@ def _size(part: Any) -> str:
     return "a stream" if isinstance(part, IterableDataset) else f"{len(part)} rows"
 
 
-def _columns(rows: Any, image_key: str | None, label_key: str | None, source: str) -> tuple[str, str]:
-    """Find the columns of images and of labels."""
+def _columns(
+    rows: Any, image_key: str | None, label_key: str | None, source: str, usual: tuple[str, ...] = ()
+) -> tuple[str, str]:
+    """Find the columns of images and of labels; ``usual`` are their names in another split of the data."""
     features = dict(rows.features or {})
+    if usual:
+        image_key, label_key = (key or (name if name in features else None)
+                                for key, name in zip((image_key, label_key), usual, strict=True))  # fmt: skip
     have = ", ".join(f"{name} ({feature})" for name, feature in features.items()) or "none"
     if image_key is not None and image_key not in features and isinstance(features.get("image"), Image):
         image_key = "image"  # the column of a table of files, which holds the images now
