@@ -10,7 +10,7 @@ import pytest
 
 from dg_timm._errors import BadValue
 from dg_timm.detection.data import boxes
-from dg_timm.detection.data.annotations import DataOptions, load_detection
+from dg_timm.detection.data.annotations import DataOptions, count_shared_images, load_detection
 from dg_timm.detection.data.boxes import Categories, to_corners
 from tests.helpers.detection import BCCD, with_box, write_coco
 
@@ -192,6 +192,12 @@ def test_categories_are_matched_by_name(tmp_path):
     splits = load_detection(folder)
     assert splits.categories == Categories(["a", "b"], [3, 7])
     assert splits.test.rows[0].labels.tolist() == [2]
+
+
+def test_images_that_both_files_name_are_counted(tmp_path):
+    splits = load_detection(write_coco(tmp_path))
+    assert count_shared_images(splits) == 3
+    assert count_shared_images(load_detection("digits")) == 0
 
 
 def test_one_file_is_not_learned_and_evaluated(tmp_path):

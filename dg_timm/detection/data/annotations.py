@@ -72,6 +72,12 @@ def load_detection(
     return splits
 
 
+def count_shared_images(splits: DetectionSplits) -> int:
+    """Count the image files that the annotations of both splits name."""
+    learned, held_out = ({row.source for row in part.rows if part.table is None} for part in splits[:2])
+    return len(learned & held_out)
+
+
 def _load_coco(
     folder: Path, val_folder: Path, options: DataOptions, known: Categories | None
 ) -> tuple[DetectionSplits, Categories]:
