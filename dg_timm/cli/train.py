@@ -22,7 +22,7 @@ from dg_timm.training.run import data_options, run_options, training_options
 from dg_timm.training.run.classification import build_classification
 from dg_timm.training.run.lifecycle import run_command, run_training
 from dg_timm.training.run.option_types import HelpFormatter
-from dg_timm.training.run.preview import dry_run
+from dg_timm.training.run.preview import dry_run, summarize_data
 from dg_timm.training.run.recipes import parse_with_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -33,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     run_options.add_run_options(parser)
     data_options.add_data_options(parser)
+    data_options.add_summary_option(parser)
     data_options.add_image_options(parser)
     data_options.add_augmentation_options(parser)
     training_options.add_model_options(parser)
@@ -46,7 +47,10 @@ def main() -> int:
     args = parse()
 
     def work(accelerator: Accelerator, interrupt: InterruptFlag) -> None:
-        if not args.dry_run:
+        if args.data_summary is not None:
+            if accelerator.is_main_process:
+                summarize_data(args)
+        elif not args.dry_run:
             split = split_batch(args.batch_size, accelerator.num_processes, args.micro_batch)
             run_training(args, accelerator, interrupt, split, build_classification)
         elif accelerator.is_main_process:

@@ -22,18 +22,19 @@ from accelerate import Accelerator
 from timm.data import create_transform
 
 import dg_timm
-from dg_timm._errors import BadValue, UserError
+from dg_timm._errors import UserError
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.loader import sample_images
-from dg_timm.training.data.sources import Splits
+from dg_timm.training.data.splits import Splits
+from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.run import data_options, networks
 from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
+from dg_timm.training.run.classes import match_classes
 from dg_timm.training.run.option_types import HelpFormatter, KeyValues, flag, non_negative_float, positive_int
 
 COST_IMAGES = 64  # over which the mean cost is taken
-_MAX_NAMES_SHOWN = 5
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +87,7 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
         in_chans=args.in_chans,
         **args.model_kwargs,
     )
-    _check_classes(name, model, splits, args)
+    label_names = match_classes(name, model, splits, args.data, args.num_classes)
     data_config = data_config_of(model, args)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(accelerator.device, memory_format=layout)
@@ -94,7 +95,7 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
         dg_timm.set_threshold(model, args.threshold)
     transform = create_transform(**data_config)
     loader = make_loader(
-        splits.test, args, transform, splits.label_names, args.batch_size, accelerator, data_config, training=False
+        splits.test, args, transform, label_names, args.batch_size, accelerator, data_config, training=False
     )
     start = time.perf_counter()
     result = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last)
@@ -103,7 +104,7 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
     row: dict[str, Any] = dict(
         model=name,
         top1=result.top1,
-        top5=result.top5 if len(splits.label_names) > 5 else None,
+        top5=result.top5 if model.num_classes > 5 else None,
         loss=result.loss,
         images=result.images,
         params=counts.params,
@@ -117,19 +118,6 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
     if graph_stages(model) and accelerator.is_main_process:
         row["cost"] = graph_statistics(model, sample_images(loader, COST_IMAGES).to(accelerator.device))["cost"]
     return row
-
-
-def _check_classes(name: str, model: Any, splits: Splits, args: argparse.Namespace) -> None:
-    classes = len(splits.label_names)
-    if model.num_classes not in (classes, args.num_classes):
-        raise BadValue(
-            f"{name} has {model.num_classes} classes, {args.data} has {classes}; if its labels are among those of the "
-            f"network all the same, say so with --num-classes {model.num_classes}"
-        )
-    own = getattr(model, "pretrained_cfg", {}).get("label_names")
-    if own and model.num_classes == classes and list(own) != splits.label_names:
-        shown, theirs = list(own)[:_MAX_NAMES_SHOWN], splits.label_names[:_MAX_NAMES_SHOWN]
-        raise BadValue(f"{name} was trained on {shown}, {args.data} has {theirs}")
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,9 +140,9 @@ def main() -> int:
     try:
         accelerator = make_accelerator(mixed_precision=args.mixed_precision)
         with accelerator.local_main_process_first():
-            splits = load_data(args)
+            splits = load_data(args, only_evaluate=True)
         if accelerator.is_main_process:
-            print(f"evaluating on {splits.test.name}: {splits.test.size or 'a stream of'} images", file=sys.stderr)
+            print(describe_data(splits, args.data), file=sys.stderr)
         rows = []
         for name in args.models:
             rows.append(validate_network(name, splits, args, accelerator))

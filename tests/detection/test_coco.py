@@ -10,7 +10,7 @@ import pytest
 
 from dg_timm._errors import BadValue
 from dg_timm.detection.data import boxes
-from dg_timm.detection.data.annotations import DataOptions, load_detection
+from dg_timm.detection.data.annotations import DataOptions, count_shared_images, load_detection
 from dg_timm.detection.data.boxes import Categories, to_corners
 from tests.helpers.detection import BCCD, with_box, write_coco
 
@@ -70,8 +70,9 @@ def test_bad_boxes_are_named_or_counted(tmp_path, box, what):
      (dict(images=[]), "has no images"),
      (dict(categories=[]), "has no categories"),
      (dict(categories="b"), "no list of categories"),
-     (dict(categories=[{"id": 3, "name": "a"}, {"id": 8, "name": "b"}], annotations=with_box([0, 0, 5, 5])),
-      r"the categories to evaluate on, \{3: 'a', 7: 'b'\}, are not \{3: 'a', 8: 'b'\}"),
+     (dict(categories=[{"id": 3, "name": "a"}, {"id": 7, "name": "c"}], annotations=with_box([0, 0, 5, 5])),
+      r"the categories to evaluate on, \{3: 'a', 7: 'b'\}, are not \{3: 'a', 7: 'c'\}"),
+     (dict(annotations=with_box([0, 0, 5, 5], iscrowd="no")), "annotation 5 .* has the iscrowd 'no', .* 0 nor 1"),
      (dict(images=[{"id": 1, "file_name": "0.png"}]), "has the width None")],
 )  # fmt: skip
 def test_what_is_no_coco_is_refused(tmp_path, changed, error):
@@ -169,3 +170,37 @@ def test_an_id_is_given_once(tmp_path, part, error):
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(BadValue, match=error):
         load_detection(folder)
+
+
+@pytest.mark.parametrize(("crowd", "is_crowd"), [("0", False), (0.0, False), (None, False), ("1", True), (True, True)])
+def test_a_crowd_may_be_text(tmp_path, crowd, is_crowd):
+    folder = write_coco(tmp_path, annotations=with_box([0, 0, 5, 5], iscrowd=crowd, area="25"))
+    splits = load_detection(folder)
+    assert [row.crowd.tolist() for row in splits.train.rows] == [[is_crowd], [False], []]
+    assert splits.train.boxes == 2 - is_crowd
+    assert splits.train.rows[0].area.tolist() == [25]
+
+
+def test_categories_are_matched_by_name(tmp_path):
+    """The two files number the same classes differently, and the one to evaluate on has a class less."""
+    folder = write_coco(tmp_path)
+    file = tmp_path / "instances_val.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["categories"] = [{"id": 3, "name": "b"}]  # which is 7 in the file to train on
+    content["annotations"] = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2, 10, 20]}]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    splits = load_detection(folder)
+    assert splits.categories == Categories(["a", "b"], [3, 7])
+    assert splits.test.rows[0].labels.tolist() == [2]
+
+
+def test_images_that_both_files_name_are_counted(tmp_path):
+    splits = load_detection(write_coco(tmp_path))
+    assert count_shared_images(splits) == 3
+    assert count_shared_images(load_detection("digits")) == 0
+
+
+def test_one_file_is_not_learned_and_evaluated(tmp_path):
+    folder = write_coco(tmp_path)
+    with pytest.raises(BadValue, match=r"holds the images to train on; name others .* --val-annotations"):
+        load_detection(folder, DataOptions(val_split="train"))

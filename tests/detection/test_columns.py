@@ -115,3 +115,32 @@ def test_areas_and_crowds_are_those_of_the_table(tmp_path):
     (row,) = load_detection(str(tmp_path)).test.rows
     assert row.area.tolist() == [50, 81]  # an area of 0 is not known
     assert row.crowd.tolist() == [False, True]
+
+
+def test_crowds_and_areas_may_be_text(tmp_path):
+    image = Image.fromarray(np.zeros((40, 60, 3), np.uint8))
+    objects = {"bbox": [[0.0, 0.0, 9.0, 9.0]] * 2, "category": [0, 1], "area": ["50", ""], "iscrowd": ["0", "1"]}
+    for split in ("train", "test"):
+        Dataset.from_dict({"image": [image], "objects": [objects]}).to_parquet(tmp_path / f"{split}.parquet")
+    (row,) = load_detection(str(tmp_path)).test.rows
+    assert row.area.tolist() == [50, 81]
+    assert row.crowd.tolist() == [False, True]
+
+
+def test_class_labels_are_matched_by_name(tmp_path):
+    make_table([[0, 0, 9, 9]], [0], names=("a", "b", "c")).to_parquet(tmp_path / "train.parquet")
+    make_table([[0, 0, 9, 9]], [0], names=("c", "a")).to_parquet(tmp_path / "test.parquet")
+    splits = load_detection(str(tmp_path))
+    assert splits.categories.names == ["a", "b", "c"]
+    assert splits.test.rows[0].labels.tolist() == [3]
+
+
+def test_one_split_is_not_learned_and_evaluated(tmp_path):
+    make_table([[0, 0, 9, 9]], [0]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(BadValue, match=r"the rows to train on and to evaluate on are the same.*--val-data"):
+        load_detection(str(tmp_path), DataOptions(val_split="train"))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(BadValue, match=r"no such folder: .*nowhere; give a folder with images and COCO annotation"):
+        load_detection(str(tmp_path / "nowhere"))

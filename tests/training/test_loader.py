@@ -32,7 +32,7 @@ NAMES = [str(k) for k in range(10)]
 
 
 def stream(folder, **options):
-    return load_splits(str(folder), val_source=str(folder), streaming=True, label_names=NAMES, **options).train
+    return load_splits(str(folder), val_source="digits", streaming=True, label_names=NAMES, **options).train
 
 
 def loader(split, workers, *, batch_size=8, transform=AUGMENT, seed=0, **options):
@@ -45,7 +45,7 @@ def loader(split, workers, *, batch_size=8, transform=AUGMENT, seed=0, **options
 @pytest.mark.parametrize("streaming", [False, True])
 def test_workers_and_resumes_change_no_image(tmp_path, streaming):
     folder = shards(tmp_path / "s", count=3, rows=12)
-    split = load_splits(str(folder), val_source=str(folder), streaming=streaming, label_names=NAMES).train
+    split = load_splits(str(folder), val_source="digits", streaming=streaming, label_names=NAMES).train
     torch.manual_seed(1)
     alone = list(loader(split, 0).epoch(2))
     torch.manual_seed(2)

@@ -36,7 +36,7 @@ def test_data_whose_size_is_given_are_not_opened(capsys):
 
 def test_a_stream_is_counted(tmp_path, capsys):
     folder = shards(tmp_path / "s", count=2, rows=10)
-    look("--data", folder, "--val-data", folder, "--streaming", "--num-classes", 10)
+    look("--data", folder, "--val-data", "digits", "--streaming", "--num-classes", 10)
     assert "20 images to train on, 10 classes" in capsys.readouterr().out
 
 

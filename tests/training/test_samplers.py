@@ -17,7 +17,7 @@ def rows_of(order, epoch=0, position=None):
 
 
 def stream(folder, **options):
-    return load_splits(str(folder), val_source=str(folder), streaming=True, label_names=NAMES, **options).train
+    return load_splits(str(folder), val_source="digits", streaming=True, label_names=NAMES, **options).train
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -7,7 +7,7 @@ from dg_timm._errors import BadValue
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.coco import annotation_file, annotation_files, found_files_hint, read_coco
 from dg_timm.detection.data.columns import ColumnTable, open_tables, table_categories
-from dg_timm.training.data.sources import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
+from dg_timm.training.data.splits import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
 
 
 class DataOptions(NamedTuple):
@@ -49,7 +49,7 @@ def load_detection(
     Args:
         source: ``digits``: pages of scikit-learn's handwritten digits. A folder with images and COCO annotation files
             (``instances_train.json``, ``annotations/instances_train2017.json``, ``train/_annotations.coco.json``). Or
-            what :mod:`dg_timm.training.data.sources` opens (the Hub, Parquet, ``save_to_disk``), with a column of
+            what :mod:`dg_timm.training.data.opening` opens (the Hub, Parquet, ``save_to_disk``), with a column of
             images and one of ``objects`` (``bbox`` and ``category``).
         options: which splits and files to read, and how.
         known: the classes of a detector that is to be evaluated; nothing is then loaded to train on.
@@ -72,26 +72,34 @@ def load_detection(
     return splits
 
 
+def count_shared_images(splits: DetectionSplits) -> int:
+    """Count the image files that the annotations of both splits name."""
+    learned, held_out = ({row.source for row in part.rows if part.table is None} for part in splits[:2])
+    return len(learned & held_out)
+
+
 def _load_coco(
     folder: Path, val_folder: Path, options: DataOptions, known: Categories | None
 ) -> tuple[DetectionSplits, Categories]:
     """Both splits, and the categories of the one to evaluate on."""
-    train = _no_rows(str(folder))
+    train, learned = _no_rows(str(folder)), None
     if known is None:
-        file = annotation_file(folder, options.train_split, TRAIN_SPLITS, options.train_annotations)
-        if file is None:
+        learned = annotation_file(folder, options.train_split, TRAIN_SPLITS, options.train_annotations)
+        if learned is None:
             raise BadValue(
                 f"{folder} has no annotation file for {options.train_split or 'train'}{found_files_hint(folder)}; name "
                 "it with --train-annotations, or its split with --train-split"
             )
-        train, known = read_coco(file, folder, options.image_folder, options.drop_bad_boxes)
+        train, known = read_coco(learned, folder, options.image_folder, options.drop_bad_boxes)
     file = annotation_file(val_folder, options.val_split, HELD_OUT_SPLITS, options.val_annotations)
     if file is None:
         raise BadValue(
             f"{val_folder} has no annotation file to evaluate on{found_files_hint(val_folder)}; name it with "
             "--val-annotations, or its split with --val-split"
         )
-    test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes)
+    if learned is not None and file.resolve() == learned.resolve():
+        raise BadValue(f"{file} holds the images to train on; name others to evaluate on with --val-annotations")
+    test, test_categories = read_coco(file, val_folder, options.image_folder, options.drop_bad_boxes, known)
     return DetectionSplits(train, test, known), test_categories
 
 
@@ -109,12 +117,16 @@ def _load_tables(source: str, options: DataOptions, known: Categories | None) ->
         rows = pick_split(parts, options.train_split, TRAIN_SPLITS, source, "--train-split")
         if rows is None:
             raise BadValue(f"{source} has the splits {', '.join(parts)}; choose one with --train-split")
+        if rows is val_table.table:
+            raise BadValue(f"{val_source}: the rows to train on and to evaluate on are the same; choose others with "
+                           "--val-split or --val-data")  # fmt: skip
         train_table = ColumnTable(rows, f"the training split of {source}")
         known, test_categories = table_categories(train_table, val_table)
         train = train_table.read(known, options.box_format, options.drop_bad_boxes)
     else:
         names = val_table.class_names
-        test_categories = known if names is None else Categories(names, list(range(len(names))))
+        own = None if names is None else Categories(names, list(range(len(names))))
+        test_categories = known if own is None or known.labels_of(own.by_id) is not None else own
     test = val_table.read(test_categories, options.box_format, options.drop_bad_boxes)
     return DetectionSplits(train, test, known), test_categories
 

@@ -1,7 +1,7 @@
 """Annotated images, as every source of data gives them; each box is checked once, here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,17 @@ class Categories(NamedTuple):
     def by_id(self) -> dict[int, str]:
         """The names of the classes by the data set's own numbers."""
         return dict(zip(self.ids, self.names, strict=True))
+
+    def labels_of(self, names: Mapping[int, str]) -> dict[int, int] | None:
+        """Find the label of every class of a data set by its name; None if one is unknown or names are not unique.
+
+        Args:
+            names: of the data set's classes, by its own numbers.
+        """
+        label_of = {name: label for label, name in enumerate(self.names, start=1)}
+        if len(label_of) != len(self.names) or not set(names.values()) <= set(label_of):
+            return None
+        return {number: label_of[name] for number, name in names.items()}
 
 
 class ImageAnnotations(NamedTuple):
@@ -168,6 +179,37 @@ class BoxValidator:
 def box_area(box: Sequence[float]) -> float:
     """The area of a box [left, top, right, bottom], in square pixels."""
     return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def read_crowd(value: Any, where: str) -> bool:
+    """Read whether a box is a crowd: 0 or 1, also as text; nothing is no crowd.
+
+    Raises:
+        BadValue: anything else, naming ``where``.
+    """
+    text = str(value).strip().lower()
+    if text in ("0", "0.0", "false", "none", ""):
+        return False
+    if text in ("1", "1.0", "true"):
+        return True
+    raise BadValue(f"{where} has the iscrowd {value!r}, which is neither 0 nor 1")
+
+
+def read_area(value: Any, where: str) -> float | None:
+    """Read the area of a box, in square pixels, also as text; None where it is not known (0, or nothing).
+
+    Raises:
+        BadValue: anything else, naming ``where``.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        area = float(value)
+    except (TypeError, ValueError):
+        area = math.nan
+    if isinstance(value, bool) or not math.isfinite(area) or area < 0:
+        raise BadValue(f"{where} has the area {value!r}")
+    return area or None
 
 
 def make_annotations(

@@ -13,6 +13,8 @@ from dg_timm.detection.data.boxes import (
     ImageAnnotations,
     box_area,
     make_annotations,
+    read_area,
+    read_crowd,
 )
 
 _NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of save_to_disk
@@ -61,7 +63,9 @@ def found_files_hint(folder: Path) -> str:
     return f" (there are {', '.join(found)})" if found else ""
 
 
-def read_coco(file: Path, folder: Path, image_folder: str | None, drop: bool) -> tuple[DetectionSplit, Categories]:
+def read_coco(
+    file: Path, folder: Path, image_folder: str | None, drop: bool, known: Categories | None = None
+) -> tuple[DetectionSplit, Categories]:
     """Read a COCO annotation file; no image is decoded, but each must exist.
 
     Args:
@@ -69,18 +73,25 @@ def read_coco(file: Path, folder: Path, image_folder: str | None, drop: bool) ->
         folder: the folder of the data set, in which images are looked for.
         image_folder: where images are, if not in one of the usual places.
         drop: leave bad boxes out instead of refusing them.
+        known: classes that are learned already: those of the file are looked up among them by name.
+
+    Returns:
+        the images, and the classes: ``known``, or those of the file if it has one that is not known.
 
     Raises:
         BadValue: the file is empty, not valid JSON or not COCO's format, has bad boxes, or names a missing image.
     """
     content = _parse(file)
     categories = _categories(content["categories"], file)
+    label_of = None if known is None else known.labels_of(categories.by_id)
     images = _images_by_id(content["images"], file)
     annotations = _annotations_by_image(content["annotations"], images, file)
     root = _image_root(file, folder, image_folder, [image["file_name"] for image in images.values()])
-    reader = _Reader(file, categories, drop)
+    reader = _Reader(file, categories, drop, label_of)
     rows = [reader.annotate(image, annotations[key], str(root / image["file_name"])) for key, image in images.items()]
-    return DetectionSplit(rows, f"{file.name} of {folder}", dropped=reader.validator.finish()), categories
+    return DetectionSplit(rows, f"{file.name} of {folder}", dropped=reader.validator.finish()), (
+        categories if label_of is None or known is None else known
+    )
 
 
 def _parse(file: Path) -> Any:
@@ -140,30 +151,30 @@ def _annotations_by_image(listed: list[Any], images: dict[Any, Any], file: Path)
 class _Reader:
     """Turns the annotations of one file into :class:`ImageAnnotations`, image by image."""
 
-    def __init__(self, file: Path, categories: Categories, drop: bool) -> None:
+    def __init__(self, file: Path, categories: Categories, drop: bool, label_of: dict[int, int] | None) -> None:
         self.file, self.categories, self.validator = file, categories, BoxValidator(file.name, drop)
-        self.label_of = {category: label for label, category in enumerate(categories.ids, start=1)}
+        self.label_of = label_of or {category: label for label, category in enumerate(categories.ids, start=1)}
 
     def annotate(self, image: dict[str, Any], annotations: list[Any], path: str) -> ImageAnnotations:
         size = (image["height"], image["width"])
         boxes, areas, labels, crowds = [], [], [], []
         for annotation in annotations:
             where = f"annotation {annotation.get('id')} of image {image['id']} ({image['file_name']})"
-            category, area = annotation.get("category_id"), annotation.get("area")
+            category = annotation.get("category_id")
             label = self.label_of.get(category) if isinstance(category, int) else None
             if label is None:
                 raise BadValue(
                     f"{where} in {self.file} has the category id {category!r}; the categories of the file are "
                     f"{self.categories.by_id}"
                 )
-            if area is not None and not isinstance(area, (int, float)):
-                raise BadValue(f"{where} in {self.file} has the area {area!r}")
+            area = read_area(annotation.get("area"), f"{where} in {self.file}")
+            crowd = read_crowd(annotation.get("iscrowd"), f"{where} in {self.file}")
             box = self.validator.check(annotation.get("bbox"), "coco", size, where)
             if box is not None:
                 boxes.append(box)
                 areas.append(area or box_area(box))
                 labels.append(label)
-                crowds.append(bool(annotation.get("iscrowd", 0)))
+                crowds.append(crowd)
         return make_annotations(image["id"], path, size, boxes, labels, areas, crowds)
 
 

@@ -3,6 +3,7 @@
 import difflib
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,9 +18,11 @@ from dg_timm.detection.data.boxes import (
     ImageAnnotations,
     box_area,
     make_annotations,
+    read_area,
+    read_crowd,
 )
 from dg_timm.detection.data.digits import digit_pages
-from dg_timm.training.data.sources import load_parts
+from dg_timm.training.data.opening import open_source
 
 OBJECT_COLUMNS = ("objects", "annotations", "faces")
 BOX_KEYS = ("bbox", "boxes", "box")
@@ -29,7 +32,11 @@ CROWD_KEYS = ("iscrowd", "is_crowd")
 
 def open_tables(source: str) -> dict[str, Any]:
     """Open every split of a data set, by name; ``digits`` makes pages of handwritten digits."""
-    return digit_pages() if source == "digits" else load_parts(source, streaming=False)
+    if source == "digits":
+        return digit_pages()
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
+        raise BadValue(f"no such folder: {source}; give a folder with images and COCO annotation files")
+    return open_source(source, streaming=False).parts
 
 
 class ColumnTable:
@@ -40,6 +47,7 @@ class ColumnTable:
         name: how messages call it.
 
     Attributes:
+        table: the split, as it was given.
         class_names: the names of the classes, where the column is a ``ClassLabel``; otherwise None.
 
     Raises:
@@ -47,7 +55,7 @@ class ColumnTable:
     """
 
     def __init__(self, table: Any, name: str) -> None:
-        self.name = name
+        self.name, self.table = name, table
         features = table.features
         image = next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
         objects = next((key for key in OBJECT_COLUMNS if key in features), None)
@@ -83,8 +91,9 @@ class ColumnTable:
         Raises:
             BadValue: a box is bad, a category is unknown, or an image whose size is not stored can't be read.
         """
+        own = None if self.class_names is None else categories.labels_of(dict(enumerate(self.class_names)))
         label_of: Mapping[Any, int] = {
-            **{category: label for label, category in enumerate(categories.ids, start=1)},
+            **(own or {category: label for label, category in enumerate(categories.ids, start=1)}),
             **{name: label for label, name in enumerate(categories.names, start=1)},
         }
         validator = BoxValidator(self.name, drop)
@@ -104,16 +113,17 @@ class ColumnTable:
         boxes, areas, labels, crowds = [], [], [], []
         for k, (box, kind) in enumerate(zip(given, kinds, strict=True)):
             where = f"object {k} of row {number}"
+            place = f"{where} of {self.name}"
             if isinstance(kind, bool) or not isinstance(kind, (int, str)) or kind not in label_of:
                 names = [name for name in label_of if isinstance(name, str)]
-                raise BadValue(f"{where} of {self.name} has the category {kind!r}; there are {names}")
+                raise BadValue(f"{place} has the category {kind!r}; there are {names}")
+            area, crowd = read_area(stored_areas[k], place), read_crowd(stored_crowds[k], place)
             checked = validator.check(box, box_format, size, where)
             if checked is not None:
-                area = stored_areas[k]
                 boxes.append(checked)
-                areas.append(float(area) if isinstance(area, (int, float)) and area else box_area(checked))
+                areas.append(area or box_area(checked))
                 labels.append(label_of[kind])
-                crowds.append(bool(stored_crowds[k]))
+                crowds.append(crowd)
         image_id = row.get("image_id")
         return make_annotations(number if image_id is None else image_id, number, size, boxes, labels, areas, crowds)
 
@@ -124,19 +134,20 @@ class ColumnTable:
         try:
             with Pillow.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as opened:
                 return opened.height, opened.width
-        except (OSError, Pillow.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise anything
             raise BadValue(f"the image of row {number} of {self.name} can't be read: {error}") from error
 
 
 def table_categories(train: ColumnTable, test: ColumnTable) -> tuple[Categories, Categories]:
     """The classes of both splits.
 
-    Where both have a ``ClassLabel``, each has its own; otherwise they share those of the one that has, or else every
-    category that any object of either split has.
+    Where both have a ``ClassLabel`` and the split to evaluate on knows others, each has its own; otherwise they share
+    those to train on, those of the one that has a ``ClassLabel``, or else every category that any object has.
     """
     if train.class_names is not None and test.class_names is not None:
         both = [Categories(names, list(range(len(names)))) for names in (train.class_names, test.class_names)]
-        return both[0], both[1]
+        shared_names = both[0].labels_of(both[1].by_id) is not None
+        return both[0], both[0] if shared_names else both[1]
     names = train.class_names or test.class_names
     values = train.values() | test.values()
     if names is None and all(isinstance(value, str) for value in values):

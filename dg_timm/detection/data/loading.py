@@ -3,21 +3,20 @@
 Which images form a batch is decided as in :mod:`dg_timm.training.data.samplers`.
 """
 
-import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image as Pillow
-from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dg_timm.detection.data.boxes import DetectionSplit
-from dg_timm.training.data.images import Unreadable
+from dg_timm.training.data.decoding import decode_image
+from dg_timm.training.data.images import Unreadable, describe
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
 
@@ -74,8 +73,8 @@ class DetectionImages(Dataset[Any]):
         )
         try:
             image = read_image(self.split, key.row)
-        except (OSError, SyntaxError, ValueError, TypeError, Pillow.DecompressionBombError) as error:
-            return Unreadable(f"{where}: {error or type(error).__name__}")
+        except Exception as error:  # decoders raise anything
+            return Unreadable(f"{where}: {describe(error)}")
         height, width = row.size
         if image.size != (width, height):
             return f"{where} is {image.width} x {image.height}, and its annotation says {width} x {height}"
@@ -96,15 +95,9 @@ def read_image(split: DetectionSplit, row: int) -> Pillow.Image:
     Annotators see an image with or without its EXIF orientation; it is applied where the annotated size asks for it.
     """
     annotations = split.rows[row]
-    source: Any = annotations.source
-    if split.table is not None:
-        value = split.table[annotations.source]["image"]
-        source = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
-    with Pillow.open(source) as opened:
-        image = opened.convert("RGB")
-        if image.size != annotations.size[::-1]:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    return image
+    value = annotations.source if split.table is None else split.table[annotations.source]["image"]
+    image = decode_image(value, "RGB", turn=False)
+    return image if image.size == annotations.size[::-1] else decode_image(value, "RGB")
 
 
 class Augmentation(NamedTuple):

@@ -10,7 +10,7 @@ from timm.layers import convert_sync_batchnorm
 
 from dg_timm._errors import BadValue, MissingPackage
 from dg_timm.detection.backbone import freeze_backbone
-from dg_timm.detection.data.annotations import DataOptions, load_detection
+from dg_timm.detection.data.annotations import DataOptions, count_shared_images, load_detection
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.loading import Augmentation, DetectionCollate, DetectionImages, make_transform
 from dg_timm.detection.detectors import DetectorConfig, create_detector
@@ -47,6 +47,8 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator, known: Categor
     for split in (splits.train, splits.test):
         if split.dropped:
             accelerator.print(f"{split.name}: left out {split.dropped} bad boxes")
+    if shared := count_shared_images(splits):
+        accelerator.print(f"{args.data}: {shared} images are both learned and evaluated on; the figures flatter")
     splits = splits._replace(
         train=splits.train if known else limit(splits.train, args.train_limit, "--train-limit"),
         test=limit(splits.test, args.val_limit, "--val-limit"),

@@ -3,16 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from accelerate.utils import send_to_device
-from PIL import Image as Pillow
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dg_timm.training.data.decoding import decode_image
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
-from dg_timm.training.data.sources import Split
+from dg_timm.training.data.splits import Split
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -52,6 +51,12 @@ class Unreadable(NamedTuple):
     where: str
 
 
+def describe(error: Exception) -> str:
+    """Say what a decoder raised, with the kind of error where its text alone says little."""
+    text = str(error)
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__} {text}".strip()
+
+
 class Images(Dataset[Any]):
     """Decode and transform the rows of a split; workers of a loader call it.
 
@@ -60,7 +65,7 @@ class Images(Dataset[Any]):
     Args:
         split: from :func:`dg_timm.training.data.sources.load_splits`.
         transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does.
-        label_names: one name for each class.
+        label_names: one name for each class. Labels that have names are looked up by name, not by number.
         channels: 1, 3 or 4.
         seed: of the augmentation; None if ``transform`` is not random.
     """
@@ -77,24 +82,29 @@ class Images(Dataset[Any]):
         self.split, self.transform, self.seed = split, transform, seed
         self.classes = len(label_names)
         self.class_of = {name: k for k, name in enumerate(label_names)}
+        own = split.classes
+        self.names = own if own is not None and list(own) != list(label_names) else None  # two classes may share a name
         self.mode = _MODES[channels]
-        self.decoder = datasets.Image()
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, SampleKey] | Unreadable | str:
         example = self.split.rows[key.row] if key.example is None else key.example
-        value, label = example["image"], example["label"]
-        if isinstance(label, str):
-            label = self.class_of.get(label, label)
+        value, label = example["image"], self._class(example["label"])
         if not isinstance(label, int) or not 0 <= label < self.classes:
             return f"{self._name(key, value)} has the label {label!r}, outside 0..{self.classes - 1}"
         try:
-            image = self.decoder.decode_example(value).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, TypeError, Pillow.DecompressionBombError) as error:
-            return Unreadable(f"{self._name(key, value)}: {error or type(error).__name__}")
+            image = decode_image(value, self.mode)
+        except Exception as error:  # decoders raise anything
+            return Unreadable(f"{self._name(key, value)}: {describe(error)}")
         if self.seed is None:
             return self.transform(image), label, key
         with seeded(self.seed, key.epoch, key.shard, key.row, key.copy):
             return self.transform(image), label, key
+
+    def _class(self, label: Any) -> Any:
+        """Return the number of a class; a label that is none as it is."""
+        if self.names is not None and isinstance(label, int) and 0 <= label < len(self.names):
+            label = self.names[label]
+        return self.class_of.get(label, label) if isinstance(label, str) else label
 
     def _name(self, key: SampleKey, value: Any) -> str:
         """Name a row for people: its number in the data set, its shard, and its file where that is known."""

@@ -30,8 +30,8 @@ class Loader:
         collate: makes a batch of the items of ``images``; of no items, a batch in which nothing counts.
         workers: number of processes that decode; 0 decodes in this one.
         pin_memory: copy batches to page-locked memory, from which a GPU fetches faster.
-        on_bad_image: ``error`` raises; ``skip`` counts such images in ``skipped`` and reports them.
-        report: is called with a line for every image that is skipped.
+        on_bad_image: ``error`` raises; ``skip`` counts bad rows in ``skipped`` and reports them.
+        report: is called with a line for every row that is skipped.
     """
 
     def __init__(
@@ -72,21 +72,20 @@ class Loader:
         """Yield the batches of an epoch after ``position``.
 
         Raises:
-            BadValue: for a row whose label is no class, and for an unreadable image unless those are skipped.
+            BadValue: for a row whose label is no class and for an unreadable image, unless those are skipped.
         """
         self._keys.epoch, self._keys.start, self.position = epoch, position, position
         with _block_stop_signals():
             batches = iter(self._loader)
         for batch in batches:
             self.position = self._keys.positions.popleft()
-            if batch.row_errors:
-                raise BadValue("; ".join(batch.row_errors[:_MAX_LINES_SHOWN]))
-            if batch.unreadable and self.on_bad_image == "error":
-                lines = "; ".join(batch.unreadable[:_MAX_LINES_SHOWN])
-                raise BadValue(f"unreadable image in {lines} (--on-bad-image skip leaves it out)")
-            self.skipped += len(batch.unreadable)
+            if self.on_bad_image == "error":
+                _refuse(batch)
+            self.skipped += len(batch.unreadable) + len(batch.row_errors)
             for line in batch.unreadable:
                 self.report(f"skipped an unreadable image, {line}")
+            for line in batch.row_errors:
+                self.report(f"skipped a row: {line}")
             yield batch
 
     def sample_rows(self, size: int) -> list[Any]:
@@ -108,6 +107,14 @@ class Loader:
     def empty_batch(self) -> Any:
         """Return a batch in which no image counts."""
         return self.collate([])
+
+
+def _refuse(batch: Any) -> None:
+    advice = "(--on-bad-image skip leaves it out)"
+    if batch.row_errors:
+        raise BadValue(f"{'; '.join(batch.row_errors[:_MAX_LINES_SHOWN])} {advice}")
+    if batch.unreadable:
+        raise BadValue(f"unreadable image in {'; '.join(batch.unreadable[:_MAX_LINES_SHOWN])} {advice}")
 
 
 def sample_images(loader: Loader, size: int) -> Tensor:

@@ -12,17 +12,19 @@ from dg_timm._errors import BadValue
 from dg_timm.training.data.images import Collate, Images
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank, StreamSampler
-from dg_timm.training.data.sources import Split, Splits, load_splits
+from dg_timm.training.data.sources import load_splits
+from dg_timm.training.data.splits import Split, Splits
 
 AnySplit = TypeVar("AnySplit", bound=Any)  # of images with labels, or with boxes
 
 
-def load_data(args: argparse.Namespace, cache_dir: Path | None = None) -> Splits:
+def load_data(args: argparse.Namespace, cache_dir: Path | None = None, *, only_evaluate: bool = False) -> Splits:
     """Load both splits that the options name.
 
     Args:
         args: options of :func:`dg_timm.training.run.data_options.add_data_options`.
         cache_dir: folder for the copy that ``datasets`` makes; by default its own cache.
+        only_evaluate: take all rows of data whose only splits are held out, and none to train on.
 
     Raises:
         BadValue: naming the option, file, split or column that can't be used.
@@ -38,9 +40,11 @@ def load_data(args: argparse.Namespace, cache_dir: Path | None = None) -> Splits
         num_classes=args.num_classes,
         streaming=args.streaming,
         cache_dir=cache_dir,
+        skip_bad_rows=args.on_bad_image == "skip",
+        only_evaluate=only_evaluate,
     )
     return splits._replace(
-        train=limit(splits.train, args.train_limit, "--train-limit"),
+        train=limit(splits.train, args.train_limit, "--train-limit") if splits.train.size != 0 else splits.train,
         test=limit(splits.test, args.val_limit, "--val-limit"),
     )
 

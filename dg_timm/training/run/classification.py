@@ -18,12 +18,14 @@ from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
 from dg_timm.training.data.loader import Loader, sample_images
-from dg_timm.training.data.sources import Splits
+from dg_timm.training.data.splits import Splits
+from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
 from dg_timm.training.loop.report import TOP1, Metric, Row
 from dg_timm.training.run.build import Network, build_network, with_cost_target
 from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
+from dg_timm.training.run.classes import names_to_train
 from dg_timm.training.run.fine_tuning import save_model
 from dg_timm.training.run.task import TrainingTask
 
@@ -44,8 +46,10 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     with accelerator.local_main_process_first():
         splits = load_data(args)
     num_classes, rows = _count_classes(args, splits), _count_rows(args, splits)
+    accelerator.print(describe_data(splits, args.data), flush=True)
     set_seed(args.seed)
     network = build_network(args, num_classes, accelerator)
+    splits = splits._replace(label_names=names_to_train(network.model, splits.label_names, accelerator.print))
     transforms = make_transforms(args, network.data_config)
     names, config = splits.label_names, network.data_config
     loader = make_loader(

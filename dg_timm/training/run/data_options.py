@@ -19,15 +19,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data",
         default="digits",
-        help="data set: digits; a folder of images, of Parquet files, of webdataset shards, or saved by save_to_disk; "
-        "a .parquet or .tar file; or a data set on the Hub",
+        help="data set: digits; a folder of images (a folder for each class, also below train, val, validation or "
+        "test), of Parquet files, of webdataset shards, or saved by save_to_disk; a .parquet or .tar file; a .csv of "
+        "file names and labels; or a data set on the Hub",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="name of the split to train on; by default train")
     data.add_argument(
         "--val-split",
         help="name of the split to evaluate on; by default validation, else test, else a fifth of every class is set "
-        "aside",
+        "aside. Nothing is both learned and evaluated on",
     )
     data.add_argument("--image-key", help="name of the column of images; by default the only one, or image")
     data.add_argument("--label-key", help="name of the column of labels; by default the only one, or label")
@@ -48,6 +49,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_reading_options(data)
 
 
+def add_summary_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that shows the data in place of training on them."""
+    parser.add_argument(
+        "--data-summary",
+        nargs="?",
+        const="data_summary.png",
+        metavar="FILE",
+        help="print the source, the rows of each split, the classes and what was left out, save a picture of 16 "
+        "samples (data_summary.png without a FILE), and stop; by default train",
+    )
+
+
 def add_reading_options(data: OptionGroup) -> None:
     """Add how much of the data is read, by whom, and what becomes of images that can't be decoded."""
     data.add_argument(
@@ -60,7 +73,8 @@ def add_reading_options(data: OptionGroup) -> None:
         "--on-bad-image",
         choices=("error", "skip"),
         default="error",
-        help="error: an unreadable image ends the run; skip: it is left out and reported",
+        help="error: an unreadable image or a row without a valid label ends the run; skip: it is left out and "
+        "reported",
     )
     data.add_argument(
         "--workers",

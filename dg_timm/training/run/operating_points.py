@@ -20,10 +20,11 @@ from dg_timm.analysis.recorder import record_adjacency
 from dg_timm.budget.norms import refit_norms
 from dg_timm.graph.stage import graph_stages, routers
 from dg_timm.training.data.images import Batch
-from dg_timm.training.data.sources import Split
+from dg_timm.training.data.splits import Split
 from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.run import data_options
 from dg_timm.training.run.build_data import data_config_of, limit, load_data, make_loader
+from dg_timm.training.run.classes import match_classes
 from dg_timm.training.run.option_types import non_negative_int
 from dg_timm.training.run.timing import time_columns, time_ratios
 
@@ -64,15 +65,12 @@ def load_batches(args: argparse.Namespace, model: nn.Module) -> tuple[list[Batch
         BadValue: for data that can't be used, or of another number of classes.
     """
     splits = load_data(args)
-    if model.num_classes != len(splits.label_names):
-        raise BadValue(f"{args.model} has {model.num_classes} classes, {args.data} has {len(splits.label_names)}")
+    label_names = match_classes(args.model, model, splits, args.data, None)
     config = data_config_of(model, args)
     transform, accelerator = create_transform(**config), make_accelerator(mixed_precision="no")
 
     def batches(split: Split) -> list[Batch]:
-        loader = make_loader(
-            split, args, transform, splits.label_names, args.batch_size, accelerator, config, training=False
-        )
+        loader = make_loader(split, args, transform, label_names, args.batch_size, accelerator, config, training=False)
         return list(loader.epoch(0))
 
     if not args.refit_norms:

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would do, and about how long it would take, without a file being written."""
+"""``--dry-run`` and ``--data-summary``: what a run would do and how long it would take, and what its data hold."""
 
 import argparse
 import tempfile
@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from dg_timm._errors import BadValue
 from dg_timm.analysis.counting import complexity
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.data.sources import Splits, count_rows
+from dg_timm.training.data.splits import Splits, count_rows
+from dg_timm.training.data.summary import describe_data, draw_samples
 from dg_timm.training.loop.optimization import BatchSplit, split_batch
 from dg_timm.training.run.build import Network, build_network, build_optimization
 from dg_timm.training.run.build_data import load_data
@@ -49,6 +50,18 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"hours in all on {accelerator.device} (forward and backward of random images, measured now; reading data and "
         "evaluation come on top)"
     )
+
+
+def summarize_data(args: argparse.Namespace) -> None:
+    """Print what the data hold, and save a picture of samples; ``--data-summary``.
+
+    Raises:
+        BadValue: the data can't be used, or the picture can't be written.
+    """
+    splits = load_data(args)
+    print(describe_data(splits, args.data))
+    draw_samples(splits.train, splits.label_names, Path(args.data_summary))
+    print(f"{args.data_summary} shows 16 of them")
 
 
 def _count_data(args: argparse.Namespace) -> tuple[int, int, str]:

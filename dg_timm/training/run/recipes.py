@@ -11,7 +11,7 @@ import yaml
 
 # A resumed run may differ in these; every other option decides what the weights become.
 FREE_OPTIONS = frozenset(
-    {"recipe", "output", "resume", "dry_run", "workers", "report_to", "keep", "save_every", "log_every",
+    {"recipe", "output", "resume", "dry_run", "data_summary", "workers", "report_to", "keep", "save_every", "log_every",
      "val_batch_size", "on_bad_image", "patience", "allow_changed"}
 )  # fmt: skip
 

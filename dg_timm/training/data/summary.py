@@ -1,0 +1,72 @@
+"""What a data set holds, in a line and in a picture, before anything is trained on it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from dg_timm._errors import BadValue
+from dg_timm._files import atomic_path
+from dg_timm.training.data.decoding import decode_image
+from dg_timm.training.data.splits import Split, Splits
+
+_CLASSES_SHOWN = 8
+_SAMPLES, _COLUMNS, _TILE, _CAPTION = 16, 4, 160, 28
+
+
+def describe_data(splits: Splits, source: str) -> str:
+    """Write one line: the source, the rows of each split, the classes, and what was left out."""
+    names = splits.label_names
+    shown = ", ".join(names[:_CLASSES_SHOWN]) + (", ..." if len(names) > _CLASSES_SHOWN else "")
+    train = "" if splits.train.size == 0 else f"{_rows(splits.train)} to train on, "
+    left_out = f"; left out: {'; '.join(splits.left_out)}" if splits.left_out else ""
+    return (
+        f"data {source}: {train}{_rows(splits.test)} to evaluate on ({splits.test.name}); {len(names)} classes "
+        f"({shown}){left_out}"
+    )
+
+
+def _rows(split: Split) -> str:
+    return "a stream of images" if split.size is None else f"{split.size} images"
+
+
+def draw_samples(split: Split, label_names: list[str], file: Path) -> None:
+    """Save a picture of samples from all over a split, each with the name of its class.
+
+    Raises:
+        BadValue: the picture can't be written.
+    """
+    rows = -(-_SAMPLES // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + _CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, example in enumerate(_samples(split)):
+        x, y = k % _COLUMNS * _TILE, k // _COLUMNS * (_TILE + _CAPTION)
+        try:
+            image = decode_image(example["image"], "RGB")
+        except Exception:  # decoders raise anything
+            draw.text((x + 4, y + 4), "can't be read", "red")
+        else:
+            enlarged = ImageOps.contain(image, (_TILE - 4, _TILE - 4), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x + 2, y + 2))
+        label = example["label"]
+        known = isinstance(label, int) and 0 <= label < len(split.classes or label_names)
+        name = (split.classes or label_names)[label] if known else str(label)
+        draw.text((x + 4, y + _TILE + 2), _drawable(name), "black")
+    try:
+        with atomic_path(file) as temporary:
+            sheet.save(temporary)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
+        raise BadValue(f"the picture {file} can't be written: {error}") from error
+
+
+def _samples(split: Split) -> list[dict[str, Any]]:
+    if split.streamed:
+        return list(split.rows.take(_SAMPLES))
+    return [split.rows[int(k)] for k in np.unique(np.linspace(0, len(split.rows) - 1, _SAMPLES).astype(int))]
+
+
+def _drawable(text: str) -> str:
+    """Replace what a font without Unicode can't draw."""
+    short = text if len(text) <= 24 else text[:23] + "~"
+    return short.encode("ascii", "replace").decode("ascii")
