@@ -11,10 +11,11 @@ import timm
 import torch
 
 import dg_timm
+from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue, MissingPackage
 from dg_timm.benchmarks.setting import DTYPES, EDGES, LAYOUTS, MODES, Setting
 from dg_timm.execution.settings import EXECUTIONS
-from dg_timm.training.run.option_types import HelpFormatter, fraction, positive_int
+from dg_timm.training.run.option_types import fraction, positive_int
 
 _MOST_THREADS_A_CORE = 16
 
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         BadValue: for options that exclude each other.
         MissingPackage: if a plot is asked for and can't be drawn.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=description)
     parser.add_argument(
         "models", nargs="*", type=model_spec, metavar="MODEL[:EXECUTION]", help="networks, e.g. dg_resnet50:sparse"
     )

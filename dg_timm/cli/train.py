@@ -16,12 +16,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dg_timm._command_line import CommandParser
+from dg_timm.cli.errors import cli_errors
 from dg_timm.training.loop.distributed import InterruptFlag
 from dg_timm.training.loop.optimization import split_batch
 from dg_timm.training.run import data_options, run_options, training_options
 from dg_timm.training.run.classification import build_classification
 from dg_timm.training.run.lifecycle import run_command, run_training
-from dg_timm.training.run.option_types import HelpFormatter
 from dg_timm.training.run.preview import dry_run
 from dg_timm.training.run.recipes import parse_with_recipe
 
@@ -30,7 +31,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options of the recipe and the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     run_options.add_run_options(parser)
     data_options.add_data_options(parser)
     data_options.add_image_options(parser)
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_with_recipe(parser, argv, RECIPES)
 
 
+@cli_errors
 def main() -> int:
     """Train, or say what would be done; return the exit status."""
     args = parse()

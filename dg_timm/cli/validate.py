@@ -22,7 +22,9 @@ from accelerate import Accelerator
 from timm.data import create_transform
 
 import dg_timm
-from dg_timm._errors import BadValue, UserError
+from dg_timm._command_line import CommandParser
+from dg_timm._errors import BadValue
+from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.loader import sample_images
 from dg_timm.training.data.sources import Splits
@@ -30,7 +32,7 @@ from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.run import data_options, networks
 from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
-from dg_timm.training.run.option_types import HelpFormatter, KeyValues, flag, non_negative_float, positive_int
+from dg_timm.training.run.option_types import KeyValues, flag, non_negative_float, positive_int
 
 COST_IMAGES = 64  # over which the mean cost is taken
 _MAX_NAMES_SHOWN = 5
@@ -38,7 +40,7 @@ _MAX_NAMES_SHOWN = 5
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="networks to evaluate, one after the other")
     data_options.add_data_options(parser)
     data_options.add_image_options(parser)
@@ -146,23 +148,20 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@cli_errors
 def main() -> int:
     """Evaluate all networks; return the exit status."""
     args = parse()
-    try:
-        accelerator = make_accelerator(mixed_precision=args.mixed_precision)
-        with accelerator.local_main_process_first():
-            splits = load_data(args)
-        if accelerator.is_main_process:
-            print(f"evaluating on {splits.test.name}: {splits.test.size or 'a stream of'} images", file=sys.stderr)
-        rows = []
-        for name in args.models:
-            rows.append(validate_network(name, splits, args, accelerator))
-            accelerator.print(json.dumps(rows[-1]), flush=True)
-        accelerator.end_training()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision)
+    with accelerator.local_main_process_first():
+        splits = load_data(args)
+    if accelerator.is_main_process:
+        print(f"evaluating on {splits.test.name}: {splits.test.size or 'a stream of'} images", file=sys.stderr)
+    rows = []
+    for name in args.models:
+        rows.append(validate_network(name, splits, args, accelerator))
+        accelerator.print(json.dumps(rows[-1]), flush=True)
+    accelerator.end_training()
     if len(rows) > 1:
         accelerator.print(f"\n{format_table(rows)}")
     return 0

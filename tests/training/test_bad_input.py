@@ -11,6 +11,7 @@ from dg_timm._errors import BadState, BadValue, MissingPackage
 from dg_timm.cli import calibration as calibrate
 from dg_timm.cli import train as script
 from dg_timm.cli import validate
+from dg_timm.cli.errors import cli_errors
 from dg_timm.training.loop.config import Interrupted, NonFiniteLoss
 from dg_timm.training.run import fine_tuning
 from dg_timm.training.run.lifecycle import RUN_FILES, check_unused, run_command
@@ -86,7 +87,7 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, message):
     def work(accelerator, interrupt):
         raise error
 
-    assert run_command(namespace(), work) == code
+    assert cli_errors(run_command)(namespace(), work) == code
     assert capsys.readouterr().err.startswith(message)
 
 
@@ -104,7 +105,7 @@ def test_an_interrupted_script_says_how_to_go_on(capsys, monkeypatch, tmp_path):
         raise Interrupted(15, tmp_path / "update-00000001")
 
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1"])
-    assert run_command(namespace(), work) == 128 + 15
+    assert cli_errors(run_command)(namespace(), work) == 128 + 15
     assert "Go on with:\n  python train.py --seed 1 --resume auto" in capsys.readouterr().out
 
 
