@@ -30,9 +30,7 @@ COMMANDS = {
     "train": Command("dg_timm.cli.train", "train", "train a classifier, or go on with a training"),
     "validate": Command("dg_timm.cli.validate", "train", "measure top-1, top-5 and loss of networks on labeled images"),
     "detect": Command("dg_timm.cli.detect", "detect", "train or evaluate a detector"),
-    "calibrate": Command(
-        "dg_timm.cli.calibration", "train", "find the threshold for a cost or time"
-    ),
+    "calibrate": Command("dg_timm.cli.calibration", "train", "find the threshold for a cost or time"),
     "predict": Command("dg_timm.cli.prediction", "train", "classify images: names, scores, cost and milliseconds"),
     "show": Command("dg_timm.cli.wiring", "plots", "draw the wiring of images"),
     "convert": Command("dg_timm.cli.converting", "", "make a timm model or checkpoint dynamic, and save it"),

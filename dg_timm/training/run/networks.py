@@ -71,7 +71,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         path = path / "model"  # of a run's folder
     if name.startswith("local-dir:") or (path / "config.json").exists():
-        zoo.try_register(_read_config(path).get("architecture", ""))
+        zoo.try_register(read_config(path).get("architecture", ""))
         return f"local-dir:{path}", True
     zoo.try_register(name)
     if not timm.is_model(name):
@@ -82,7 +82,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder in Hub layout."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def saved_args(name: str) -> dict[str, Any]:
         return {}
     kind, _, place = name.partition(":")
     if kind == "local-dir":
-        return _read_config(Path(place)).get("model_args") or {}
+        return read_config(Path(place)).get("model_args") or {}
     return load_model_config_from_hf(place)[2] or {}
 
 
@@ -127,7 +127,7 @@ def _graph_options(name: str, weights: Path) -> dict[str, Any]:
     """Read the graph's options from beside the weights: with others the same tensors may predict something else."""
     if not name.startswith("dg_") or not weights.with_name("config.json").exists():
         return {}
-    made = _read_config(weights.parent)
+    made = read_config(weights.parent)
     if not str(made.get("architecture", "")).startswith("dg_"):
         return {}
     return {key: value for key, value in (made.get("model_args") or {}).items() if key in GRAPH_OPTIONS}
