@@ -83,7 +83,7 @@ def _load_checkpoint(arch: str, config: dict[str, Any], file: Path) -> Any:
         options |= {"pretrained_cfg": {key: tuple(v) if isinstance(v, list) else v for key, v in cfg.items()}}
         options.setdefault("in_chans", cfg["input_size"][0])
     try:
-        model = timm.create_model(arch, **options)
+        model: Any = timm.create_model(arch, **options)
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadValue(f"{file} is no checkpoint of {arch}: {' '.join(str(error).split())[:300]}") from error

@@ -57,7 +57,7 @@ def find_names(patterns: Sequence[str], static: bool) -> list[str]:
 def describe(name: str) -> dict[str, Any]:
     """Count a network without making its weights; name the tags of those that are published."""
     tags = [key.partition(".")[2] for key, cfg in get_arch_pretrained_cfgs(name).items() if cfg.has_weights]
-    model = timm.create_model(name, device="meta")
+    model: Any = timm.create_model(name, device="meta")
     counts, size = complexity(model), model.pretrained_cfg["input_size"]
     return dict(model=name, params=counts.params, multiply_adds=counts.multiply_adds, image_size=size[-1], tags=tags)
 

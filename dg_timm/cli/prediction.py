@@ -112,13 +112,13 @@ class Predictor:
         """Make the rows of a batch."""
         logits, costs, seconds = self.run(images.to(self.device, non_blocking=True))
         scores, classes = (found.tolist() for found in logits.float().softmax(1).topk(self.top_k))
-        price = [None] * len(files) if costs is None else costs.tolist()
+        price = [] if costs is None else costs.tolist()
         made = []
         for k, file in enumerate(files):
             row: Row = {"file": file}
             for place, (score, label) in enumerate(zip(scores[k], classes[k], strict=True), start=1):
                 row |= {f"class_{place}": self.names[label], f"score_{place}": round(score, 6)}
-            if self.costs is not None:
+            if price:
                 row["cost"] = round(price[k], 6)
             row["ms"] = round(1000 * seconds / len(files), 4)
             made.append(row)

@@ -3,8 +3,8 @@
     dg-timm show dg_cifar_resnet26.cifar10 picture.png
     dg-timm show output/train/model cat.jpg dog.jpg --output wiring.png --json
 
-Squares are a stage's input and output, circles its blocks, arcs its edges. The width of an arc is the edge's weight; red
-is more than for the other pictures, blue less. A closed edge is not drawn.
+Squares are a stage's input and output, circles its blocks, arcs its edges. The width of an arc is the edge's weight;
+red is more than for the other pictures, blue less. A closed edge is not drawn.
 """
 
 import argparse
