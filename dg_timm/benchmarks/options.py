@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import timm
 import torch
 
 import dg_timm
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue, MissingPackage
+from dg_timm.benchmarks.candidates import is_dynamic, split_spec
 from dg_timm.benchmarks.setting import DTYPES, EDGES, LAYOUTS, MODES, Setting
 from dg_timm.execution.settings import EXECUTIONS
+from dg_timm.training.run import networks
 from dg_timm.training.run.option_types import fraction, positive_int
 
 _MOST_THREADS_A_CORE = 16
@@ -87,7 +88,7 @@ def check_combination(args: argparse.Namespace) -> None:
     """Raise BadValue for options that exclude each other."""
     if args.zoo == bool(args.models):
         raise BadValue("give models, or --zoo")
-    dynamic = [spec for spec in args.models if spec.startswith("dg_")]
+    dynamic = [spec for spec in args.models if is_dynamic(spec)]
     if args.aggregation and not dynamic and not args.zoo:
         raise BadValue("--aggregation needs a dg_ model: a static one aggregates nothing")
     if args.memory and args.removed is not None:
@@ -95,7 +96,7 @@ def check_combination(args: argparse.Namespace) -> None:
     if (args.removed is not None or args.sweep) and "training" in args.mode:
         raise BadValue("--removed and --sweep are for inference: the paths are imposed, not trained")
     for spec in args.models:
-        name, _, execution = spec.partition(":")
+        name, execution = split_spec(spec)
         if execution == "sparse" and "training" in args.mode:
             raise BadValue(f"{spec!r}: sparse execution is for inference, and --mode says training")
         if args.sweep and (spec not in dynamic or execution not in ("", "sparse")):
@@ -117,12 +118,14 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 
 
 def model_spec(text: str) -> str:
-    """Read the name of a network of timm or the zoo, with an execution after a colon."""
-    name, _, execution = text.partition(":")
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.removeprefix('dg_')[:8]}*")[:8] or ["timm.list_models() has them all"]
-        raise argparse.ArgumentTypeError(f"there is no model {name!r}; near it: {', '.join(near)}")
-    if execution and (execution not in EXECUTIONS or not name.startswith("dg_")):
+    """Read the name of a network of timm or the zoo, or a folder, with an execution after a colon."""
+    name, execution = split_spec(text)
+    try:
+        dynamic = is_dynamic(text)
+        networks.implies_pretrained(name)
+    except BadValue as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if ":" in text.removeprefix(f"{name}:") or (execution and not dynamic):
         raise argparse.ArgumentTypeError(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
     return text
 

@@ -1,9 +1,9 @@
 """One network, many budgets: what every threshold costs and predicts, and the one that meets a budget.
 
-    python train_scripts/calibrate.py dg_cifar_resnet26.cifar10 --data path/to/cifar10
-    python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6
-    python train_scripts/calibrate.py output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
-    python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6 --save output/at_0.6
+    dg-timm calibrate dg_cifar_resnet26.cifar10 --data path/to/cifar10
+    dg-timm calibrate output/train/model --data digits --target-cost 0.6
+    dg-timm calibrate output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
+    dg-timm calibrate output/train/model --data digits --target-cost 0.6 --save output/at_0.6
 
 The curve has a point for each threshold (``dg_timm.set_threshold``), and one, *learned*, for the network's own. A point
 has top-1, the mean cost of an image, the standard deviation of the cost between images (0: all take the same path), and
@@ -31,7 +31,7 @@ from dg_timm._hardware import describe_hardware
 from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.loop.csv_tables import write_csv
-from dg_timm.training.run import networks, operating_points
+from dg_timm.training.run import data_options, networks, operating_points
 from dg_timm.training.run.operating_points import Row
 from dg_timm.training.run.option_types import non_negative_float, positive_float, positive_int
 
@@ -68,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG file for a picture of the curve; by default none is drawn")
     operating_points.add_options(parser)
     args = parser.parse_args(argv)
+    data_options.require_data(parser, args)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
     if args.save and args.target_cost is None and args.target_time is None:

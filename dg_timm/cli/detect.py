@@ -1,10 +1,10 @@
 """Train a detector over any timm or dg_timm backbone through Accelerate, and evaluate it.
 
-    python train_scripts/detect.py --recipe digits                        # minutes on two cores
-    python train_scripts/detect.py --recipe bccd --data path/to/bccd --initial-checkpoint weights.safetensors
+    dg-timm detect --recipe digits                        # minutes on two cores
+    dg-timm detect --recipe bccd --data path/to/bccd --initial-checkpoint weights.safetensors
     torchrun --nproc_per_node 8 train_scripts/detect.py --recipe coco_1x --data path/to/coco --model dg_resnet50
-    python train_scripts/detect.py --evaluate output/detect/model --data path/to/bccd --val-split test --output output/t
-    python train_scripts/detect.py --recipe bccd ... --resume auto        # go on after any interruption
+    dg-timm detect --evaluate output/detect/model --data path/to/bccd --val-split test --output output/t
+    dg-timm detect --recipe bccd ... --resume auto        # go on after any interruption
 
 The detector is torchvision's Faster R-CNN, RetinaNet or FCOS (--detector) with a feature pyramid. Data are COCO
 annotation files beside images, or a data set with a column of objects. The options of the recipe come first; the

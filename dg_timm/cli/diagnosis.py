@@ -48,10 +48,12 @@ def check_versions(args: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("installation", ABSENT, "not installed, but run from a folder", "pip install .")
         declared = ["torch", "timm", "huggingface_hub", "safetensors"]
     rows = [Requirement(text) for text in declared]
-    for row in rows:
+    seen: set[str] = set()
+    for row in sorted(rows, key=lambda row: _is_of(row, "detect") + _is_of(row, "plots")):
         extra = next((name for name in ("train", "plots", "detect") if _is_of(row, name)), "")
-        if row.name == "dg-timm" or not (extra or row.marker is None):
+        if row.name in {"dg-timm", *seen} or not (extra or row.marker is None):
             continue
+        seen.add(row.name)
         yield _package(row, extra)
 
 

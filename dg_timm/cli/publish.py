@@ -1,8 +1,8 @@
 """Publish a network on the Hugging Face Hub: safetensors, config.json, the card, the picture of its wiring.
 
-    python train_scripts/publish.py output/train/model your-name/my-network --dry-run
-    python train_scripts/publish.py output/train/model your-name/my-network --images path/to/pictures --private
-    python train_scripts/publish.py dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
+    dg-timm publish output/train/model your-name/my-network --dry-run
+    dg-timm publish output/train/model your-name/my-network --images path/to/pictures --private
+    dg-timm publish dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
 
 The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
 weights, converted, with the card that hub_cards/ has for it, or a network that ships with the package. Only the files

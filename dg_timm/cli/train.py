@@ -1,11 +1,11 @@
 """Train any timm or dg_timm network through Accelerate.
 
-    python train_scripts/train.py --recipe digits                         # two minutes on two cores
-    python train_scripts/train.py --recipe cifar10_finetune --data path/to/cifar10 --pretrained
+    dg-timm train --recipe digits                         # two minutes on two cores
+    dg-timm train --recipe cifar10_finetune --data path/to/cifar10 --pretrained
     torchrun --nproc_per_node 2 train_scripts/train.py --recipe digits    # several processes, on CPUs or GPUs
     accelerate launch train_scripts/train.py --recipe imagenet_resnet --model dg_resnet50 --mixed-precision bf16
-    python train_scripts/train.py --recipe imagenet_resnet --dry-run      # what it would do
-    python train_scripts/train.py --recipe digits --resume auto           # go on after any interruption
+    dg-timm train --recipe imagenet_resnet --dry-run      # what it would do
+    dg-timm train --recipe digits --resume auto           # go on after any interruption
 
 A recipe (a YAML file, or the name of one in dg_timm/recipes) sets options; the command line overrides them. The batch
 size is that of an update over all processes, so a recipe means the same on one device or many.
@@ -39,7 +39,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     training_options.add_model_options(parser)
     training_options.add_optimization_options(parser)
     training_options.add_objective_options(parser)
-    return parse_with_recipe(parser, argv, RECIPES)
+    args = parse_with_recipe(parser, argv, RECIPES)
+    data_options.require_data(parser, args)
+    return args
 
 
 @cli_errors

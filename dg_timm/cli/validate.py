@@ -1,8 +1,8 @@
 """Evaluate networks: top-1, top-5 and loss, exact under any number of processes. Prints a JSON line for each network.
 
-    python train_scripts/validate.py output/train/model --data digits
-    python train_scripts/validate.py dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
-    python train_scripts/validate.py hf-hub:org/name local-dir:folder output/train/checkpoints/best/ema --data ...
+    dg-timm validate output/train/model --data digits
+    dg-timm validate dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
+    dg-timm validate hf-hub:org/name local-dir:folder output/train/checkpoints/best/ema --data ...
     torchrun --nproc_per_node 2 train_scripts/validate.py ...
 
 A network is a timm or dg_* name (its published weights), hf-hub:org/name, local-dir:folder, or a folder in Hub
@@ -71,6 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag(run, "--channels-last", False, "lay images and weights out with channels last")
     args = parser.parse_args(argv)
+    data_options.require_data(parser, args)
     args.seed = 0  # nothing is drawn
     return args
 

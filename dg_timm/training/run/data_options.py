@@ -18,8 +18,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        default="digits",
-        help="data set: digits; a folder of images, of Parquet files, of webdataset shards, or saved by save_to_disk; "
+        help="data set, which has to be named: digits (scikit-learn's); a folder of images, of Parquet files, of webdataset shards, or saved by save_to_disk; "
         "a .parquet or .tar file; or a data set on the Hub",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
@@ -46,6 +45,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="number of rows in an epoch of a stream, for the schedule; by default what the data set tells",
     )
     add_reading_options(data)
+
+
+def require_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error of the parser if neither the command line nor its recipe names the data."""
+    if args.data is None:
+        parser.error("--data is missing: a folder, a file, or a data set on the Hub; or digits, to try things out")
 
 
 def add_reading_options(data: OptionGroup) -> None:

@@ -123,7 +123,9 @@ def find_start(
             accelerator.print(f"--resume auto: there is no checkpoint in {folder} to go on from, starting afresh")
             return None
     elif faults:
-        raise BadValue(f"--resume {place}: {faults}")
+        raise BadValue(
+            f"--resume {place} is no sound checkpoint: {faults}; give one of {folder}, or auto for the newest"
+        )
     elif Path(place).resolve().parent != folder.resolve():
         raise BadValue(
             f"--resume {place} is of another run than --output {folder.parent}; to start afresh from its weights, give "
@@ -207,8 +209,8 @@ def run_command(
             )
             work(accelerator, interrupt)
         except Interrupted as stopped:
-            line = f"{stopped}. Go on with:\n  {command_to_go_on(sys.argv, accelerator.num_processes)}"
-            raise CommandStopped(128 + stopped.signal, line if accelerator.is_main_process else "") from stopped
+            accelerator.print(f"{stopped}. Go on with:\n  {command_to_go_on(sys.argv, accelerator.num_processes)}")
+            raise CommandStopped(128 + stopped.signal, "") from stopped
         except NonFiniteLoss as error:
             advice = "A smaller --lr, --warmup-epochs or --clip-grad may help"
             line = f"error: {error}. {advice}"

@@ -94,12 +94,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadValue(f"{folder / 'config.json'} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise BadValue(f"{folder / 'config.json'} is not the configuration of a model")
+    if "detector" in config:
+        raise BadValue(f"{folder} holds a detector; evaluate it with dg-timm detect --evaluate {folder}")
     return config
 
 
 def implies_pretrained(name: str) -> bool:
     """Tell whether a name stands for weights, not only for an architecture."""
     return _resolve(name)[1]
+
+
+def architecture_of(name: str) -> str:
+    """Give the name, with its tag, of the model that a folder holds; any other name is returned as it is."""
+    known, saved = _resolve(name)
+    kind, _, place = known.partition(":")
+    return str(read_config(Path(place)).get("architecture", "")) if saved and kind == "local-dir" else name
 
 
 def saved_args(name: str) -> dict[str, Any]:
