@@ -172,10 +172,8 @@ def named_source(source: str) -> str:
     folder = Path(source.removeprefix("local-dir:"))
     file, folder = folder, (folder.parent if folder.is_file() else folder)
     with contextlib.suppress(BadValue):
-        architecture = str(
-            read_config(folder if (folder / "config.json").exists() else folder / "model")["architecture"]
-        )
-        return f"earlier weights of {architecture}"
+        place = folder if (folder / "config.json").exists() else folder / "model"
+        return f"earlier weights of {read_config(place)['architecture']}"
     generic = file.stem in ("model", "pytorch_model", "weights")
     return f"weights in {folder.name}/{file.name}" if generic and file.is_file() else file.name
 

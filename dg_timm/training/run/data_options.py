@@ -18,7 +18,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        help="data set, which has to be named: digits (scikit-learn's); a folder of images, of Parquet files, of webdataset shards, or saved by save_to_disk; "
+        help="data set, which has to be named: digits (scikit-learn's); a folder of images, of Parquet files, of "
+        "webdataset shards, or saved by save_to_disk; "
         "a .parquet or .tar file; or a data set on the Hub",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")

@@ -74,7 +74,12 @@ def _find_recipe(parser: argparse.ArgumentParser, name: str, recipes: Path | Non
     known = sorted(path.stem for path in recipes.glob("*.yaml")) if recipes else []
     if recipes and name.removesuffix(".yaml") in known:
         return recipes / f"{name.removesuffix('.yaml')}.yaml"
-    parser.error(f"--recipe {name}: no such file or recipe; there are {', '.join(known)}")
+    parser.error(f"--recipe {name}: no such file or recipe{_nearest(name, known)}; there are {', '.join(known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest one is {near[0]}" if near else ""
 
 
 def _read_recipe(parser: argparse.ArgumentParser, file: Path) -> dict[Any, Any]:
