@@ -28,7 +28,7 @@ class CommandParser(argparse.ArgumentParser):
         """End with exit status 2."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
+            known = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_help())
             near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.6)
             message += f"; the nearest option is {near[0]}" if near else ""
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists all options)\n")

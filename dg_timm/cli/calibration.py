@@ -68,7 +68,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG file for a picture of the curve; by default none is drawn")
     operating_points.add_options(parser)
     args = parser.parse_args(argv)
-    data_options.require_data(parser, args)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
     if args.save and args.target_cost is None and args.target_time is None:
@@ -140,6 +139,7 @@ def _made(args: argparse.Namespace, best: Row) -> dict[str, str]:
 def main() -> int:
     """Calibrate a network; return the exit status."""
     args = parse()
+    data_options.require_data(args)
     torch.set_num_threads(args.threads)
     calibrate_network(args)
     return 0

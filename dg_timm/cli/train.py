@@ -39,15 +39,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     training_options.add_model_options(parser)
     training_options.add_optimization_options(parser)
     training_options.add_objective_options(parser)
-    args = parse_with_recipe(parser, argv, RECIPES)
-    data_options.require_data(parser, args)
-    return args
+    return parse_with_recipe(parser, argv, RECIPES)
 
 
 @cli_errors
 def main() -> int:
     """Train, or say what would be done; return the exit status."""
     args = parse()
+    data_options.require_data(args)
 
     def work(accelerator: Accelerator, interrupt: InterruptFlag) -> None:
         if not args.dry_run:

@@ -71,7 +71,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag(run, "--channels-last", False, "lay images and weights out with channels last")
     args = parser.parse_args(argv)
-    data_options.require_data(parser, args)
     args.seed = 0  # nothing is drawn
     return args
 
@@ -153,6 +152,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     """Evaluate all networks; return the exit status."""
     args = parse()
+    data_options.require_data(args)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision)
     with accelerator.local_main_process_first():
         splits = load_data(args)

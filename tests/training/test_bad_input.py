@@ -46,7 +46,7 @@ from tests.helpers.training import TINY, train
         (("--report-to", "wandbb"), "--report-to wandbb: there are"),
         (("--recipe", "nowhere"), "--recipe nowhere: no such file or recipe; there are cifar10"),
         (("--initial-checkpoint", "x.safetensors"), "checkpoint x.safetensors: there is no x.safetensors"),
-        (("--resume", "nowhere"), "--resume nowhere: there is no such folder"),
+        (("--resume", "nowhere"), "--resume nowhere is no sound checkpoint: there is no such folder"),
         (("--auto-augment", "nonsense"), "timm can't make this augmentation (--auto-augment nonsense)"),
         (("--mean", "0.5", "0.5"), "--mean has 2 values for 3 channels"),
         (("--label-key", "image"), "column image of digits is Image"),
@@ -59,8 +59,8 @@ from tests.helpers.training import TINY, train
     ],
 )
 def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, args, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "dg_test_resnet", "--workers", "0", "--output",
-                                      str(tmp_path / "out"), *args])  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "digits", "--model", "dg_test_resnet", "--workers", "0",
+                                      "--output", str(tmp_path / "out"), *args])  # fmt: skip
     try:
         code = script.main()
     except SystemExit as error:
@@ -121,7 +121,7 @@ def test_a_folder_in_use_is_refused(tmp_path, name):
 def test_bad_models_are_one_line_of_validate_and_calibrate(capsys, monkeypatch):
     for own, name in ((validate, "validate.py"), (calibrate, "calibrate.py")):
         for words, message in ((["dg_resnett50"], "is not a timm or dg_timm model"), (["./none"], "is not a timm or")):
-            monkeypatch.setattr(sys, "argv", [name, *words, "--workers", "0"])
+            monkeypatch.setattr(sys, "argv", [name, *words, "--data", "digits", "--workers", "0"])
             assert own.main() == 2
             assert message in capsys.readouterr().err
 
@@ -129,7 +129,7 @@ def test_bad_models_are_one_line_of_validate_and_calibrate(capsys, monkeypatch):
 def test_a_static_network_has_no_threshold_to_calibrate(capsys, monkeypatch, tmp_path):
     model = timm.create_model("test_resnet", num_classes=10)
     fine_tuning.save_model(model, tmp_path, dg_timm.Card(), label_names=None, data_config={})
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(tmp_path), "--data", "digits"])
     assert calibrate.main() == 2
     assert "is static: it has no threshold to choose" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from dg_timm._errors import BadValue
 from dg_timm.training.run.option_types import (
     OptionGroup,
     finite_float,
@@ -18,9 +19,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        help="data set, which has to be named: digits (scikit-learn's); a folder of images, of Parquet files, of "
+        help="data set: digits (scikit-learn's); a folder of images, of Parquet files, of "
         "webdataset shards, or saved by save_to_disk; "
-        "a .parquet or .tar file; or a data set on the Hub",
+        "a .parquet or .tar file; or a data set on the Hub; by default none, and one has to be named",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="name of the split to train on; by default train")
@@ -48,10 +49,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_reading_options(data)
 
 
-def require_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error of the parser if neither the command line nor its recipe names the data."""
+def require_data(args: argparse.Namespace) -> None:
+    """Raise BadValue if neither the command line nor its recipe names the data."""
     if args.data is None:
-        parser.error("--data is missing: a folder, a file, or a data set on the Hub; or digits, to try things out")
+        raise BadValue("--data is missing: a folder, a file, or a data set on the Hub; or digits, to try things out")
 
 
 def add_reading_options(data: OptionGroup) -> None:
