@@ -120,13 +120,14 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 def model_spec(text: str) -> str:
     """Read the name of a network of timm or the zoo, or a folder, with an execution after a colon."""
     name, execution = split_spec(text)
+    head, _, tail = text.partition(":")
     try:
         dynamic = is_dynamic(text)
-        networks.implies_pretrained(name)
+        if (timm.is_model(head) and tail != execution) or (execution and not dynamic):
+            raise BadValue(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
+        networks.implies_pretrained(name)  # refuses an unknown name
     except BadValue as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if ":" in text.removeprefix(f"{name}:") or (execution and not dynamic):
-        raise argparse.ArgumentTypeError(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
     return text
 
 
