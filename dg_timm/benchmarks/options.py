@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import timm
 import torch
 
 import dg_timm
@@ -122,8 +123,7 @@ def model_spec(text: str) -> str:
     name, execution = split_spec(text)
     head, _, tail = text.partition(":")
     try:
-        dynamic = is_dynamic(text)
-        if (timm.is_model(head) and tail != execution) or (execution and not dynamic):
+        if (timm.is_model(head) and tail != execution) or (execution and not is_dynamic(text)):
             raise BadValue(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
         networks.implies_pretrained(name)  # refuses an unknown name
     except BadValue as error:
