@@ -23,3 +23,15 @@ class BadState(UserError, RuntimeError):
 
 class MissingPackage(UserError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+class CommandStopped(Exception):
+    """A command that ends before its work is done, and has said why; it is neither a mistake nor a defect.
+
+    Attributes:
+        status: exit status of the process.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from dg_timm._views import run_on_meta
+from dg_timm.benchmarks.candidates import split_spec
 from dg_timm.benchmarks.equivalence import NotEquivalent
 from dg_timm.benchmarks.setting import Row, Setting
 from dg_timm.benchmarks.timing import MemoryCopy, order_of_round, seconds
 from dg_timm.execution import operators
 from dg_timm.graph import edges
 from dg_timm.graph.stage import DGStage
+from dg_timm.training.run import networks
 
 _WITH_GRADIENTS = "forward and backward: "
 
@@ -49,7 +50,7 @@ def measure_aggregation(specs: list[str], settings: list[Setting], rounds: int) 
     for setting in settings:
         done = set()
         for spec in specs:
-            model = timm.create_model(spec.partition(":")[0])
+            model = networks.create(split_spec(spec)[0])
             for shape, in_degree in find_nodes(model, setting):
                 if (shape, in_degree) not in done:
                     done.add((shape, in_degree))

@@ -16,6 +16,9 @@ from dg_timm.benchmarks.imposed import ImposedModel, complete_topology, open_all
 from dg_timm.benchmarks.memory import check_memory, memory_needed
 from dg_timm.benchmarks.setting import Setting
 from dg_timm.execution.operators import using_backend
+from dg_timm.execution.settings import EXECUTIONS
+from dg_timm.models.registry import BUNDLED
+from dg_timm.training.run import networks
 
 _COMPARED = 8  # images on which an identity conversion is compared with the static network
 
@@ -44,20 +47,41 @@ class Candidate:
     costs: list[float] = field(default_factory=list)
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split a name from the execution after its last colon, which is empty if there is none."""
+    name, _, execution = spec.rpartition(":")
+    return (name, execution) if name and execution in EXECUTIONS else (spec, "")
+
+
+def is_trained(spec: str) -> bool:
+    """Tell whether a network is timed with the weights that it learned: it is saved in a folder, or ships."""
+    name = split_spec(spec)[0]
+    return name in BUNDLED or networks.implies_pretrained(name)
+
+
+def is_dynamic(spec: str) -> bool:
+    """Tell whether a name or folder is that of a dynamic network."""
+    return networks.architecture_of(split_spec(spec)[0]).startswith("dg_")
+
+
 def static_name(spec: str) -> str:
-    """Name the static network of a dynamic one: ``dg_resnet18:sparse`` -> ``resnet18``."""
-    return spec.partition(":")[0].removeprefix("dg_")
+    """Name the static network of a dynamic one: ``dg_resnet18.a1_in1k:sparse`` -> ``resnet18``."""
+    return networks.architecture_of(split_spec(spec)[0]).partition(".")[0].removeprefix("dg_")
 
 
 def with_static_networks(specs: list[str]) -> list[str]:
     """List the static networks of the dynamic ones, then all that was asked for; each once."""
-    return list(dict.fromkeys([static_name(spec) for spec in specs if spec.startswith("dg_")] + specs))
+    return list(dict.fromkeys([static_name(spec) for spec in specs if is_dynamic(spec)] + specs))
 
 
 def create(spec: str, setting: Setting, **weights: Any) -> nn.Module:
     """Make a network of timm or the zoo on the setting's device, in its layout and mode, in dense execution."""
     torch.manual_seed(0)
-    model = timm.create_model(spec.partition(":")[0], **weights)
+    name = split_spec(spec)[0]
+    if is_trained(spec):
+        model = networks.create(name, pretrained=name in BUNDLED)
+    else:
+        model = timm.create_model(name, **weights)
     return model.to(setting.device).to(memory_format=setting.memory_format).train(setting.trains)
 
 
@@ -74,7 +98,7 @@ def build_candidate(spec: str, setting: Setting, images: Tensor, others: Mapping
         BadValue: if it does not fit into memory, or does not take images of this size.
         NotEquivalent: if it predicts something else.
     """
-    if spec.startswith("dg_"):
+    if is_dynamic(spec):
         return _build_dynamic(spec, setting, images, others[static_name(spec)].model)
     model = create(spec, setting)
     try:
@@ -91,12 +115,13 @@ def _build_dynamic(spec: str, setting: Setting, images: Tensor, static: nn.Modul
     model = create(spec, setting, pretrained=True, pretrained_cfg_overlay=weights).eval()
     check_memory(spec, memory_needed(model, setting), setting)
     few = images[:_COMPARED]
-    static.eval()
-    check_exact(spec, model(few), static(few), "as its static network")
-    static.train(setting.trains)
-    if setting.edges == "open" or setting.removed is not None:
+    if not is_trained(spec):
+        static.eval()
+        check_exact(spec, model(few), static(few), "as its static network")
+        static.train(setting.trains)
+    if (not is_trained(spec) and setting.edges == "open") or setting.removed is not None:
         open_all_edges(model)
-    execution = spec.partition(":")[2] or "dense"
+    execution = split_spec(spec)[1] or "dense"
     imposed: ImposedModel | None = None
     prepare: Callable[[], float | None] = _no_cost
     if setting.removed is not None:

@@ -1,11 +1,11 @@
 """Time networks beside each other: static and dynamic, in one run, each in its turn.
 
-    python train_scripts/benchmark.py dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode training
-    python train_scripts/benchmark.py dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
-    python train_scripts/benchmark.py dg_resnet50 --sweep --plot results/sparse.png
-    python train_scripts/benchmark.py dg_resnet50 --memory --mode training
-    python train_scripts/benchmark.py dg_resnet50 dg_resnet101 --aggregation
-    python train_scripts/benchmark.py --zoo --edges identity --json results/inference_cpu.json
+    dg-timm benchmark dg_resnet50 --batch-size 8 32 --layout nchw channels_last --mode training
+    dg-timm benchmark dg_resnet50:sparse --removed 0.5 --batch-size 1 8 32
+    dg-timm benchmark dg_resnet50 --sweep --plot results/sparse.png
+    dg-timm benchmark dg_resnet50 --memory --mode training
+    dg-timm benchmark dg_resnet50 dg_resnet101 --aggregation
+    dg-timm benchmark --zoo --edges identity --json results/inference_cpu.json
 
 A model is a name of timm's or of the zoo, with the execution after a colon (``dg_resnet50:sparse``; dense without). The
 static network of every dynamic one takes part, and ratios are against it. A round runs every model once, in an order

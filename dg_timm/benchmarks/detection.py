@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dg_timm
+from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadState, BadValue, UserError
 from dg_timm._files import atomic_write
 from dg_timm._hardware import describe_hardware
@@ -33,7 +34,7 @@ from dg_timm.benchmarks.imposed import ImposedPaths, open_all_edges
 from dg_timm.benchmarks.timing import order_of_round, seconds
 from dg_timm.detection.detectors import DetectorConfig, create_detector
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.run.option_types import HelpFormatter, fraction, positive_int
+from dg_timm.training.run.option_types import fraction, positive_int
 
 # backbone -> GFLOPs of the paper's Table 2: static, DG-Net
 TABLE_2 = {"resnet50": (174, 176), "resnet101": (333, 335), "resnext50_32x4d": (181, 183)}
@@ -45,7 +46,7 @@ _TIMES = {"backbone": "backbone", "execution": "execution", "ms an image": "ms",
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--backbones", nargs="+", default=list(TABLE_2), help="static timm names")
     parser.add_argument(
         "--size",

@@ -11,10 +11,13 @@ import timm
 import torch
 
 import dg_timm
+from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue, MissingPackage
+from dg_timm.benchmarks.candidates import is_dynamic, split_spec
 from dg_timm.benchmarks.setting import DTYPES, EDGES, LAYOUTS, MODES, Setting
 from dg_timm.execution.settings import EXECUTIONS
-from dg_timm.training.run.option_types import HelpFormatter, fraction, positive_int
+from dg_timm.training.run import networks
+from dg_timm.training.run.option_types import fraction, positive_int
 
 _MOST_THREADS_A_CORE = 16
 
@@ -26,7 +29,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         BadValue: for options that exclude each other.
         MissingPackage: if a plot is asked for and can't be drawn.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=description)
     parser.add_argument(
         "models", nargs="*", type=model_spec, metavar="MODEL[:EXECUTION]", help="networks, e.g. dg_resnet50:sparse"
     )
@@ -86,7 +89,7 @@ def check_combination(args: argparse.Namespace) -> None:
     """Raise BadValue for options that exclude each other."""
     if args.zoo == bool(args.models):
         raise BadValue("give models, or --zoo")
-    dynamic = [spec for spec in args.models if spec.startswith("dg_")]
+    dynamic = [spec for spec in args.models if is_dynamic(spec)]
     if args.aggregation and not dynamic and not args.zoo:
         raise BadValue("--aggregation needs a dg_ model: a static one aggregates nothing")
     if args.memory and args.removed is not None:
@@ -94,7 +97,7 @@ def check_combination(args: argparse.Namespace) -> None:
     if (args.removed is not None or args.sweep) and "training" in args.mode:
         raise BadValue("--removed and --sweep are for inference: the paths are imposed, not trained")
     for spec in args.models:
-        name, _, execution = spec.partition(":")
+        name, execution = split_spec(spec)
         if execution == "sparse" and "training" in args.mode:
             raise BadValue(f"{spec!r}: sparse execution is for inference, and --mode says training")
         if args.sweep and (spec not in dynamic or execution not in ("", "sparse")):
@@ -116,13 +119,15 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 
 
 def model_spec(text: str) -> str:
-    """Read the name of a network of timm or the zoo, with an execution after a colon."""
-    name, _, execution = text.partition(":")
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.removeprefix('dg_')[:8]}*")[:8] or ["timm.list_models() has them all"]
-        raise argparse.ArgumentTypeError(f"there is no model {name!r}; near it: {', '.join(near)}")
-    if execution and (execution not in EXECUTIONS or not name.startswith("dg_")):
-        raise argparse.ArgumentTypeError(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
+    """Read the name of a network of timm or the zoo, or a folder, with an execution after a colon."""
+    name, execution = split_spec(text)
+    head, _, tail = text.partition(":")
+    try:
+        if (timm.is_model(head) and tail != execution) or (execution and not is_dynamic(text)):
+            raise BadValue(f"{text!r}: the execution of a dg_ model is one of {', '.join(EXECUTIONS)}")
+        networks.implies_pretrained(name)  # refuses an unknown name
+    except BadValue as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -11,7 +11,7 @@ import torch
 
 import dg_timm
 from dg_timm._errors import BadState
-from dg_timm.benchmarks.candidates import create, static_name, with_static_networks
+from dg_timm.benchmarks.candidates import create, split_spec, static_name, with_static_networks
 from dg_timm.benchmarks.imposed import complete_topology
 from dg_timm.benchmarks.memory import check_memory, explain_lack_of_memory, memory_needed
 from dg_timm.benchmarks.setting import Row, Setting
@@ -44,7 +44,7 @@ def measure_peaks(specs: list[str], setting: Setting, threads: int) -> list[Row]
 def measure_peak(spec: str, setting: Setting) -> dict[str, float]:
     """Measure the peak over three steps, in MiB: of this process (CPU) or of the allocator (CUDA)."""
     images = random_images(setting)
-    execution = spec.partition(":")[2]
+    execution = split_spec(spec)[1]
     model = create(spec, setting)
     check_memory(spec, memory_needed(model, setting), setting)
     if execution:

@@ -5,7 +5,6 @@ python train_scripts/complexity.py --all    # the whole zoo
 python train_scripts/complexity.py --all --json results/complexity.json
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from typing import Any
 import timm
 
 import dg_timm
+from dg_timm._command_line import CommandParser
 from dg_timm._files import atomic_write
 from dg_timm._tables import markdown_table
 from dg_timm.analysis.counting import Complexity, complexity
-from dg_timm.training.run.option_types import HelpFormatter
 
 # model -> DG-Net's parameters and FLOPs in millions, as the paper gives them (Table 1, 224 x 224)
 TABLE_1 = {
@@ -57,7 +56,7 @@ def _exact(counted: Complexity) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="count every model of the zoo, not only those of Table 1")
     parser.add_argument("--json", type=Path, help="JSON file for the exact counts; by default none is written")
     args = parser.parse_args(argv)

@@ -57,7 +57,7 @@ def measure_times(specs: list[str], setting: Setting, rounds: int) -> list[Row]:
         bandwidths.append(copy.bytes / seconds(copy, setting.device))
     rows = [_row(candidate, candidates, setting, median(bandwidths)) for candidate in candidates.values()]
     gc.collect()
-    return [row for row in rows if row["model"].startswith("dg_") or row["model"] in specs]
+    return [row for row in rows if row["model"] in specs]
 
 
 def _row(candidate: Candidate, candidates: Mapping[str, Candidate], setting: Setting, bandwidth: float) -> Row:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dg_timm._command_line import CommandParser, HelpFormatter
 from dg_timm.benchmarks.streaming import measure_memory
 from dg_timm.benchmarks.timing import order_of_round
 from dg_timm.cli.errors import cli_errors
@@ -30,7 +31,7 @@ from dg_timm.training.loop.optimization import split_batch
 from dg_timm.training.loop.trainer import Trainer
 from dg_timm.training.run.classification import build_classification
 from dg_timm.training.run.lifecycle import build_trainer
-from dg_timm.training.run.option_types import HelpFormatter, non_negative_int, positive_int
+from dg_timm.training.run.option_types import non_negative_int, positive_int
 
 
 def measure_throughput(args: argparse.Namespace) -> None:
@@ -108,7 +109,7 @@ def _make_loops(trainer: Trainer) -> dict[str, Callable[[], None]]:
 @cli_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(required=True, title="what to measure")
     first = commands.add_parser("throughput", help="images a second", formatter_class=HelpFormatter)
     first.add_argument(

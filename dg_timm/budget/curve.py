@@ -43,6 +43,10 @@ def budget_curve(model: nn.Module) -> list[BudgetPoint]:
 
     Raises:
         BadValue: if the model is static.
+
+    >>> import dg_timm, timm
+    >>> dg_timm.budget_curve(timm.create_model("dg_resnet18", gates=True))
+    []
     """
     stage = next(iter(require_dynamic(model).values()))
     return [BudgetPoint(**point) for point in stage.budgets]
@@ -68,6 +72,12 @@ def measure_budgets(
 
     Raises:
         BadValue: if the network has no gates, or there is no image.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18", gates=True).eval()
+    >>> (point,) = dg_timm.measure_budgets(model, [(torch.randn(2, 3, 64, 64), None)], [1.0])
+    >>> point.spread, point.top1
+    (0.0, None)
     """
     _require_gates(model)
     points = []
@@ -106,6 +116,10 @@ def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: flo
         BadType: if it is no number.
         BadValue: if the network has no gates or no curve, or the curve does not reach there, or both are given. The
             model is then left as it was.
+
+    >>> import dg_timm, timm
+    >>> model = timm.create_model("dg_resnet18", gates=True)
+    >>> dg_timm.set_budget(model, None)  # every gate is open
     """
     own = _require_gates(model)
     if cost is not None and milliseconds is not None:

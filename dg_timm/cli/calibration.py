@@ -1,9 +1,9 @@
 """One network, many budgets: what every threshold costs and predicts, and the one that meets a budget.
 
-    python train_scripts/calibrate.py dg_cifar_resnet26.cifar10 --data path/to/cifar10
-    python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6
-    python train_scripts/calibrate.py output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
-    python train_scripts/calibrate.py output/train/model --data digits --target-cost 0.6 --save output/at_0.6
+    dg-timm calibrate dg_cifar_resnet26.cifar10 --data path/to/cifar10
+    dg-timm calibrate output/train/model --data digits --target-cost 0.6
+    dg-timm calibrate output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
+    dg-timm calibrate output/train/model --data digits --target-cost 0.6 --save output/at_0.6
 
 The curve has a point for each threshold (``dg_timm.set_threshold``), and one, *learned*, for the network's own. A point
 has top-1, the mean cost of an image, the standard deviation of the cost between images (0: all take the same path), and
@@ -20,24 +20,25 @@ threshold and norms, as one that ``timm.create_model("local-dir:...", pretrained
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dg_timm._errors import BadValue, UserError
+from dg_timm._command_line import CommandParser
+from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
+from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.loop.csv_tables import write_csv
-from dg_timm.training.run import networks, operating_points
+from dg_timm.training.run import data_options, networks, operating_points
 from dg_timm.training.run.operating_points import Row
-from dg_timm.training.run.option_types import HelpFormatter, non_negative_float, positive_float, positive_int
+from dg_timm.training.run.option_types import non_negative_float, positive_float, positive_int
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process), and refuse options that do not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="network: a dg_* name, hf-hub:..., local-dir:..., or a folder")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -134,13 +135,11 @@ def _made(args: argparse.Namespace, best: Row) -> dict[str, str]:
     }
 
 
+@cli_errors
 def main() -> int:
     """Calibrate a network; return the exit status."""
     args = parse()
+    data_options.require_data(args)
     torch.set_num_threads(args.threads)
-    try:
-        calibrate_network(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    calibrate_network(args)
     return 0

@@ -1,10 +1,10 @@
 """Train a detector over any timm or dg_timm backbone through Accelerate, and evaluate it.
 
-    python train_scripts/detect.py --recipe digits                        # minutes on two cores
-    python train_scripts/detect.py --recipe bccd --data path/to/bccd --initial-checkpoint weights.safetensors
+    dg-timm detect --recipe digits                        # minutes on two cores
+    dg-timm detect --recipe bccd --data path/to/bccd --initial-checkpoint weights.safetensors
     torchrun --nproc_per_node 8 train_scripts/detect.py --recipe coco_1x --data path/to/coco --model dg_resnet50
-    python train_scripts/detect.py --evaluate output/detect/model --data path/to/bccd --val-split test --output output/t
-    python train_scripts/detect.py --recipe bccd ... --resume auto        # go on after any interruption
+    dg-timm detect --evaluate output/detect/model --data path/to/bccd --val-split test --output output/t
+    dg-timm detect --recipe bccd ... --resume auto        # go on after any interruption
 
 The detector is torchvision's Faster R-CNN, RetinaNet or FCOS (--detector) with a feature pyramid. Data are COCO
 annotation files beside images, or a data set with a column of objects. The options of the recipe come first; the
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dg_timm._command_line import CommandParser
+from dg_timm.cli.errors import cli_errors
 from dg_timm.detection import config
 from dg_timm.detection.run.build import VAL_BATCH
 from dg_timm.detection.run.dry import dry_run_detector
@@ -26,7 +28,6 @@ from dg_timm.training.loop.distributed import InterruptFlag
 from dg_timm.training.loop.optimization import split_batch
 from dg_timm.training.run import run_options, training_options
 from dg_timm.training.run.lifecycle import RUN_FILES, run_command, run_training
-from dg_timm.training.run.option_types import HelpFormatter
 from dg_timm.training.run.recipes import FREE_OPTIONS, parse_with_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
@@ -34,7 +35,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options of the recipe and the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     run_options.add_run_options(
         parser,
         output=None,
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@cli_errors
 def main() -> int:
     """Train, evaluate or plan as the command line says; the exit status."""
     args = parse()

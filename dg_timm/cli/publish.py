@@ -1,8 +1,8 @@
 """Publish a network on the Hugging Face Hub: safetensors, config.json, the card, the picture of its wiring.
 
-    python train_scripts/publish.py output/train/model your-name/my-network --dry-run
-    python train_scripts/publish.py output/train/model your-name/my-network --images path/to/pictures --private
-    python train_scripts/publish.py dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
+    dg-timm publish output/train/model your-name/my-network --dry-run
+    dg-timm publish output/train/model your-name/my-network --images path/to/pictures --private
+    dg-timm publish dg_resnet50.a1_in1k your-name/dg_resnet50.a1_in1k
 
 The source is a folder that train.py or save_pretrained wrote (or a run's folder), or a model of the zoo: timm's
 weights, converted, with the card that hub_cards/ has for it, or a network that ships with the package. Only the files
@@ -13,7 +13,6 @@ listed are sent, in one commit, and none where the repository holds the same alr
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,9 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
 import dg_timm
-from dg_timm._errors import BadValue, UserError
+from dg_timm._command_line import CommandParser
+from dg_timm._errors import BadValue
+from dg_timm.cli.errors import cli_errors
 from dg_timm.hub.layout import CONFIG, README
 from dg_timm.hub.planning import planned_files
 from dg_timm.hub.push import check_repo_id, push_folder
@@ -38,9 +39,7 @@ PICTURES = 4  # drawn on the card
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("source", metavar="FOLDER_OR_MODEL", help="a saved network, or a name of the zoo with its tag")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository to publish to; it is made if missing")
     parser.add_argument(
@@ -64,14 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli_errors
 def main(argv: Optional[list[str]] = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
-            return publish_source(args, Path(scratch) / "model")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory(prefix="publish-") as scratch:
+        return publish_source(args, Path(scratch) / "model")
 
 
 def publish_source(args: argparse.Namespace, scratch: Path) -> int:

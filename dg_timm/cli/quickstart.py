@@ -24,6 +24,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 import dg_timm
+from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadState, BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm.cli.errors import cli_errors
@@ -34,7 +35,6 @@ from dg_timm.training.data.sources import Splits, load_splits
 from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model
 from dg_timm.training.run.option_types import (
-    HelpFormatter,
     fraction,
     non_negative_int,
     positive_float,
@@ -62,7 +62,7 @@ class Trained(NamedTuple):
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--data", default="digits", help="data set: digits, an image folder, or a data set on the Hub")
     parser.add_argument("--model", default="dg_regnetx_002", help="dg_* model; the static network is trained beside it")
     parser.add_argument("--image-size", type=positive_int, default=32, help="height and width of the images in pixels")

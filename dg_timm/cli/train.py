@@ -1,11 +1,11 @@
 """Train any timm or dg_timm network through Accelerate.
 
-    python train_scripts/train.py --recipe digits                         # two minutes on two cores
-    python train_scripts/train.py --recipe cifar10_finetune --data path/to/cifar10 --pretrained
+    dg-timm train --recipe digits                         # two minutes on two cores
+    dg-timm train --recipe cifar10_finetune --data path/to/cifar10 --pretrained
     torchrun --nproc_per_node 2 train_scripts/train.py --recipe digits    # several processes, on CPUs or GPUs
     accelerate launch train_scripts/train.py --recipe imagenet_resnet --model dg_resnet50 --mixed-precision bf16
-    python train_scripts/train.py --recipe imagenet_resnet --dry-run      # what it would do
-    python train_scripts/train.py --recipe digits --resume auto           # go on after any interruption
+    dg-timm train --recipe imagenet_resnet --dry-run      # what it would do
+    dg-timm train --recipe digits --resume auto           # go on after any interruption
 
 A recipe (a YAML file, or the name of one in dg_timm/recipes) sets options; the command line overrides them. The batch
 size is that of an update over all processes, so a recipe means the same on one device or many.
@@ -16,12 +16,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dg_timm._command_line import CommandParser
+from dg_timm.cli.errors import cli_errors
 from dg_timm.training.loop.distributed import InterruptFlag
 from dg_timm.training.loop.optimization import split_batch
 from dg_timm.training.run import data_options, run_options, training_options
 from dg_timm.training.run.classification import build_classification
 from dg_timm.training.run.lifecycle import run_command, run_training
-from dg_timm.training.run.option_types import HelpFormatter
 from dg_timm.training.run.preview import dry_run, summarize_data
 from dg_timm.training.run.recipes import parse_with_recipe
 
@@ -30,7 +31,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options of the recipe and the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     run_options.add_run_options(parser)
     data_options.add_data_options(parser)
     data_options.add_summary_option(parser)
@@ -42,9 +43,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_with_recipe(parser, argv, RECIPES, {"--target-cost": training_options.COST_DEFAULTS})
 
 
+@cli_errors
 def main() -> int:
     """Train, or say what would be done; return the exit status."""
     args = parse()
+    data_options.require_data(args)
 
     def work(accelerator: Accelerator, interrupt: InterruptFlag) -> None:
         if args.data_summary is not None:

@@ -1,8 +1,8 @@
 """Evaluate networks: top-1, top-5 and loss, exact under any number of processes. Prints a JSON line for each network.
 
-    python train_scripts/validate.py output/train/model --data digits
-    python train_scripts/validate.py dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
-    python train_scripts/validate.py hf-hub:org/name local-dir:folder output/train/checkpoints/best/ema --data ...
+    dg-timm validate output/train/model --data digits
+    dg-timm validate dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
+    dg-timm validate hf-hub:org/name local-dir:folder output/train/checkpoints/best/ema --data ...
     torchrun --nproc_per_node 2 train_scripts/validate.py ...
 
 A network is a timm or dg_* name (its published weights), hf-hub:org/name, local-dir:folder, or a folder in Hub
@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from timm.data import create_transform
 
 import dg_timm
-from dg_timm._errors import UserError
+from dg_timm._command_line import CommandParser
+from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.loader import sample_images
 from dg_timm.training.data.splits import Splits
@@ -32,14 +33,14 @@ from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.run import data_options, networks
 from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
 from dg_timm.training.run.classes import match_classes
-from dg_timm.training.run.option_types import HelpFormatter, KeyValues, flag, non_negative_float, positive_int
+from dg_timm.training.run.option_types import KeyValues, flag, non_negative_float, positive_int
 
 COST_IMAGES = 64  # over which the mean cost is taken
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="networks to evaluate, one after the other")
     data_options.add_data_options(parser)
     data_options.add_image_options(parser)
@@ -134,23 +135,21 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@cli_errors
 def main() -> int:
     """Evaluate all networks; return the exit status."""
     args = parse()
-    try:
-        accelerator = make_accelerator(mixed_precision=args.mixed_precision)
-        with accelerator.local_main_process_first():
-            splits = load_data(args, only_evaluate=True)
-        if accelerator.is_main_process:
-            print(describe_data(splits, args.data), file=sys.stderr)
-        rows = []
-        for name in args.models:
-            rows.append(validate_network(name, splits, args, accelerator))
-            accelerator.print(json.dumps(rows[-1]), flush=True)
-        accelerator.end_training()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    data_options.require_data(args)
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision)
+    with accelerator.local_main_process_first():
+        splits = load_data(args, only_evaluate=True)
+    if accelerator.is_main_process:
+        print(describe_data(splits, args.data), file=sys.stderr)
+    rows = []
+    for name in args.models:
+        rows.append(validate_network(name, splits, args, accelerator))
+        accelerator.print(json.dumps(rows[-1]), flush=True)
+    accelerator.end_training()
     if len(rows) > 1:
         accelerator.print(f"\n{format_table(rows)}")
     return 0

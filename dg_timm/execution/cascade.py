@@ -71,6 +71,12 @@ def set_cascade(
     Raises:
         BadType: if a budget or the threshold is no number.
         BadValue: if the network has no gates, or a value is out of range. The model is then left as it was.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18", gates=True, num_classes=10).eval()
+    >>> dg_timm.set_cascade(model, (0.5, 1.0), threshold=0.9)
+    >>> bool((dg_timm.cost(model, torch.randn(2, 3, 64, 64)) > 2).all())  # it is sure of nothing: both passes
+    True
     """
     require_dynamic(model)
     if budgets is None:

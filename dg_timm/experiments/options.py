@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dg_timm
-from dg_timm.training.run.option_types import HelpFormatter, positive_int
+from dg_timm._command_line import CommandParser
+from dg_timm.training.run.option_types import positive_int
 
 _PACKAGE = Path(dg_timm.__file__).parent
 
@@ -26,7 +27,7 @@ def results_folder(package: Path = _PACKAGE) -> Path:
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Make the parser of an experiment; :func:`parse` adds the options that all of them share."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    return CommandParser(description=description)
 
 
 def parse(

@@ -35,6 +35,7 @@ def planned_files(folder: Folder, repo_id: str) -> dict[str, Union[str, bytes]]:
     missing = [name for name in (CONFIG, README) if name not in names]
     if missing or not any(WEIGHT_FILES.fullmatch(name) for name in names):
         missing = missing or [WEIGHTS]
+        _check_kind(folder, names)
         raise BadValue(f"{folder} has no {' and no '.join(missing)}; give a folder that save_pretrained wrote")
     try:
         text = with_repo_id((folder / README).read_text(encoding="utf-8"), repo_id)
@@ -47,6 +48,24 @@ def planned_files(folder: Folder, repo_id: str) -> dict[str, Union[str, bytes]]:
         names = [name for name in names if name != WIRING_PNG]  # it is not of this card
     _check_weights(folder, names, read_config(folder / CONFIG))
     return {name: text.encode() if name == README else str(folder / name) for name in names}
+
+
+def _check_kind(folder: Path, names: Sequence[str]) -> None:
+    """Say so if a folder without a card holds a network that has none."""
+    if CONFIG not in names:
+        return
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError:
+        return
+    if isinstance(config, dict) and "detector" in config:
+        raise BadValue(f"{folder} holds a detector; detectors are not published")
+    architecture = str(config.get("architecture", "")) if isinstance(config, dict) else ""
+    if architecture and not architecture.startswith("dg_"):
+        raise BadValue(
+            f"{folder} holds a static network ({architecture}), which is not published here; dg-timm convert makes it "
+            "dynamic, and timm.models.push_to_hf_hub publishes it as it is"
+        )
 
 
 def read_config(file: Path) -> dict[str, Any]:

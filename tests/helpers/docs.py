@@ -199,7 +199,7 @@ def help_of(script: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), mock.patch.dict(os.environ):
         if script.startswith("dg-timm "):
-            from dg_timm.cli.main import main
+            from dg_timm_cli import main
 
             main([script.split()[1], "--help"])
         else:

@@ -38,7 +38,7 @@ known_distributions = cache(packages_distributions)  # it reads every file of th
 def distributions(modules: set[str]) -> set[str]:
     """The packages, by their names in the index, that bring these modules; the standard library doesn't count."""
     known = known_distributions()
-    others = modules - sys.stdlib_module_names - {"dg_timm", "tests", WITH_TORCH}
+    others = modules - sys.stdlib_module_names - {"dg_timm", "dg_timm_cli", "tests", WITH_TORCH}
     missing = others - known.keys()
     assert not missing, f"not installed: {missing}"
     return {canonicalize_name(known[name][0]) for name in others}

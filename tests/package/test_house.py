@@ -5,6 +5,7 @@ names.
 """
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_all_is_complete(path):
     public = {name for name in offered if not name.startswith("_") or name == "__version__"}
     if path.name == "__init__.py":
         assert set(listed) == public
-    assert set(listed) <= set(vars(sys.modules[module_name(path)]))
+    assert set(listed) <= set(vars(importlib.import_module(module_name(path))))
 
 
 def test_only_one_place_renames_files():

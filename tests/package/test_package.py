@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.helpers.scripts import execute, python
 
@@ -28,7 +29,8 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {
         str(path.relative_to(ROOT))
-        for path in (ROOT / "dg_timm").rglob("*")
+        for folder in ("dg_timm", "dg_timm_cli")
+        for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png", ".yaml")
     }
     shipped |= {"dg_timm/py.typed"}
@@ -58,7 +60,7 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
         "shipped = timm.create_model('dg_cifar_resnet26.cifar10', pretrained=True).eval()\n"
         "assert dg_timm.cost(shipped, torch.randn(2, 3, 32, 32)).max() < 1\n"
     )
-    for words in (["-c", program], ["-m", "dg_timm.cli.train", "--recipe", "digits", "--dry-run"]):
+    for words in (["-c", program], ["-m", "dg_timm", "train", "--recipe", "digits", "--dry-run"]):
         process = python(*words, cwd=tmp_path, env={"PYTHONPATH": str(site)})
         assert process.returncode == 0, process.stdout + process.stderr
 
@@ -81,3 +83,38 @@ def test_the_wheel_installs_into_an_empty_environment(built, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "['s1', 's2', 's3', 's4']" in process.stdout
     assert "pip install 'dg-timm[plots]'" in process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_commands_work_in_an_empty_environment(built, tmp_path):
+    """From `pip install` to a prediction: what a new user runs, with the wheel alone."""
+    (wheel,) = built.glob("*.whl")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "-q", f"{wheel}[train,plots]"]
+    subprocess.run(pip, check=True, capture_output=True)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 40), (200, 30, 60)).save(picture)
+    shortened = ["--epochs", "3", "--train-limit", "320", "--val-limit", "100", "--workers", "0"]
+    for words in (
+        ["--version"],
+        ["train", "--recipe", "digits", *shortened],
+        ["predict", "output/train/model", str(picture), "--output", "predictions.parquet"],
+        ["predict", "dg_cifar_resnet26.cifar10", str(picture), "--json"],
+        ["show", "output/train/model", str(picture)],
+        ["validate", "output/train/model", "--data", "digits", "--val-limit", "100", "--workers", "0"],
+        ["convert", "resnet18", "--random", "--output", "converted"],
+        ["card", "output/train/model"],
+        ["publish", "output/train/model", "your-name/my-network", "--dry-run"],
+        ["list", "cifar*"],
+        ["doctor", "--offline"],
+    ):
+        process = execute([str(venv / "bin" / "dg-timm"), *words], cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+        assert process.returncode == 0, (words, process.stdout + process.stderr)
+    assert (tmp_path / "wiring.png").is_file()
+    assert (tmp_path / "predictions.parquet").is_file()
+    lacking = execute([str(venv / "bin" / "dg-timm"), "detect", "--recipe", "digits"], cwd=tmp_path)
+    assert lacking.returncode == 2
+    assert lacking.stderr.startswith("error: ")
+    assert "pip install 'dg-timm[detect]'" in lacking.stderr

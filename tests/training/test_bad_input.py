@@ -11,6 +11,7 @@ from dg_timm._errors import BadState, BadValue, MissingPackage
 from dg_timm.cli import calibration as calibrate
 from dg_timm.cli import train as script
 from dg_timm.cli import validate
+from dg_timm.cli.errors import cli_errors
 from dg_timm.training.loop.config import Interrupted, NonFiniteLoss
 from dg_timm.training.run import fine_tuning
 from dg_timm.training.run.lifecycle import RUN_FILES, check_unused, run_command
@@ -45,7 +46,7 @@ from tests.helpers.training import TINY, train
         (("--report-to", "wandbb"), "--report-to wandbb: there are"),
         (("--recipe", "nowhere"), "--recipe nowhere: no such file or recipe; there are cifar10"),
         (("--initial-checkpoint", "x.safetensors"), "checkpoint x.safetensors: there is no x.safetensors"),
-        (("--resume", "nowhere"), "--resume nowhere: there is no such folder"),
+        (("--resume", "nowhere"), "--resume nowhere is no sound checkpoint: there is no such folder"),
         (("--auto-augment", "nonsense"), "timm can't make this augmentation (--auto-augment nonsense)"),
         (("--mean", "0.5", "0.5"), "--mean has 2 values for 3 channels"),
         (("--label-key", "image"), "column image of digits is Image"),
@@ -58,8 +59,8 @@ from tests.helpers.training import TINY, train
     ],
 )
 def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, args, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "dg_test_resnet", "--workers", "0", "--output",
-                                      str(tmp_path / "out"), *args])  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "digits", "--model", "dg_test_resnet", "--workers", "0",
+                                      "--output", str(tmp_path / "out"), *args])  # fmt: skip
     try:
         code = script.main()
     except SystemExit as error:
@@ -86,7 +87,7 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, message):
     def work(accelerator, interrupt):
         raise error
 
-    assert run_command(namespace(), work) == code
+    assert cli_errors(run_command)(namespace(), work) == code
     assert capsys.readouterr().err.startswith(message)
 
 
@@ -104,7 +105,7 @@ def test_an_interrupted_script_says_how_to_go_on(capsys, monkeypatch, tmp_path):
         raise Interrupted(15, tmp_path / "update-00000001")
 
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1"])
-    assert run_command(namespace(), work) == 128 + 15
+    assert cli_errors(run_command)(namespace(), work) == 128 + 15
     assert "Go on with:\n  python train.py --seed 1 --resume auto" in capsys.readouterr().out
 
 
@@ -120,7 +121,7 @@ def test_a_folder_in_use_is_refused(tmp_path, name):
 def test_bad_models_are_one_line_of_validate_and_calibrate(capsys, monkeypatch):
     for own, name in ((validate, "validate.py"), (calibrate, "calibrate.py")):
         for words, message in ((["dg_resnett50"], "is not a timm or dg_timm model"), (["./none"], "is not a timm or")):
-            monkeypatch.setattr(sys, "argv", [name, *words, "--workers", "0"])
+            monkeypatch.setattr(sys, "argv", [name, *words, "--data", "digits", "--workers", "0"])
             assert own.main() == 2
             assert message in capsys.readouterr().err
 
@@ -128,7 +129,7 @@ def test_bad_models_are_one_line_of_validate_and_calibrate(capsys, monkeypatch):
 def test_a_static_network_has_no_threshold_to_calibrate(capsys, monkeypatch, tmp_path):
     model = timm.create_model("test_resnet", num_classes=10)
     fine_tuning.save_model(model, tmp_path, dg_timm.Card(), label_names=None, data_config={})
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(tmp_path), "--data", "digits"])
     assert calibrate.main() == 2
     assert "is static: it has no threshold to choose" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.run.preview import dry_run
 from tests.helpers.files import image_folder, shards
 
-TINY = ["--model", "dg_test_resnet", "--image-size", "32", "--batch-size", "8", "--workers", "0"]
+TINY = ["--data", "digits", "--model", "dg_test_resnet", "--image-size", "32", "--batch-size", "8", "--workers", "0"]
 
 
 def look(*words):

@@ -108,6 +108,7 @@ def test_every_recipe_parses_and_runs_dry(recipe, capsys, monkeypatch, tmp_path)
     extra = ["--micro-batch", "2", "--image-size", "32", "--model", "dg_test_resnet", "--no-pretrained"]
     extra += ["--distill", "none"]
     extra += [] if args.data == "digits" else ["--epoch-size", "50000", "--num-classes", "10"]
+    extra += [] if args.data else ["--data", "digits"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", str(recipe), "--dry-run", *extra])
     assert script.main() == 0
     out = capsys.readouterr().out

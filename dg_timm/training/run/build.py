@@ -29,6 +29,7 @@ class Network(NamedTuple):
         data_config: preprocessing, as timm describes it.
         learning: names of the parameters that are not frozen.
         random: whether no weights were loaded.
+        new_classifier: whether the classifier is random.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class Network(NamedTuple):
     data_config: dict[str, Any]
     learning: list[str]
     random: bool
+    new_classifier: bool = False
 
 
 def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accelerator) -> Network:
@@ -63,7 +65,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     teacher = _build_teacher(args, model, not loaded, accelerator)
     objective = _build_objective(args, num_classes, data_config, teacher, accelerator)
     random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
-    return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random)
+    return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random, not loaded)
 
 
 def _build_teacher(

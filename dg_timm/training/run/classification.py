@@ -1,6 +1,7 @@
 """The training of a classifier, as a task of the training loop."""
 
 import argparse
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from dg_timm.training.run.build import Network, build_network, with_cost_target
 from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
 from dg_timm.training.run.fine_tuning import save_model
+from dg_timm.training.run.networks import read_config
 from dg_timm.training.run.task import TrainingTask
 
 # A point of top-1 is worth a hundredth of the static network's cost: a network that is too dear is not the best.
@@ -49,6 +51,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     accelerator.print(describe_data(splits, args.data), flush=True)
     set_seed(args.seed)
     network = build_network(args, num_classes, accelerator)
+    accelerator.print(describe_start(network))
     splits = splits._replace(label_names=names_to_train(network.model, splits.label_names, accelerator.print))
     transforms = make_transforms(args, network.data_config)
     names, config = splits.label_names, network.data_config
@@ -82,6 +85,19 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         on_epoch=on_epoch,
         fixed_norms=args.freeze_norm,
     )
+
+
+def describe_start(network: Network) -> str:
+    """Say from what a training starts: graphs, weights, and whether the classifier is new."""
+    if network.random:
+        start = "from random weights"
+    elif network.new_classifier:
+        start = f"from trained weights, with a new classifier of {network.model.num_classes} classes"
+    else:
+        start = "from trained weights, with their classifier"
+    stages = graph_stages(network.model)
+    kind = f"{len(stages)} graphs ({', '.join(stages)})" if stages else "static"
+    return f"{kind}; {start}"
 
 
 def _count_classes(args: argparse.Namespace, splits: Splits) -> int:
@@ -173,6 +189,17 @@ class _Output:
         )
 
 
+def named_source(source: str) -> str:
+    """Name weights for a visitor of the card: by what their folder says that they are, not by the name of a file."""
+    folder = Path(source.removeprefix("local-dir:"))
+    file, folder = folder, (folder.parent if folder.is_file() else folder)
+    with contextlib.suppress(BadValue):
+        place = folder if (folder / "config.json").exists() else folder / "model"
+        return f"earlier weights of {read_config(place)['architecture']}"
+    generic = file.stem in ("model", "pytorch_model", "weights")
+    return f"weights in {folder.name}/{file.name}" if generic and file.is_file() else file.name
+
+
 def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None) -> Card:
     """Write what the card says of the training, and only what this run measured.
 
@@ -188,7 +215,7 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
     name = path.name if path.exists() else args.data
     source = "from the published weights"
     if not args.pretrained:
-        source = f"from {Path(args.initial_checkpoint or args.model).name}"
+        source = f"from {named_source(args.initial_checkpoint or args.model)}"
     lr = scaled_lr(args.lr, args.batch_size, args.lr_base_batch, args.lr_base_scale)
     made = {
         "Training": f"{'from scratch' if random else source}, by `train_scripts/train.py` of dg_timm {__version__}",
@@ -196,7 +223,9 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
         f"learning rate {lr:g}, batch {args.batch_size}" + (", average of the weights" if ema else ""),
     }
     if args.distill not in (None, "none"):
-        made["Distilled from"] = Path(args.distill).name
+        made["Distilled from"] = (
+            "the static network it was converted from" if args.distill == "static" else named_source(args.distill)
+        )
     made |= {"Hardware": describe_hardware(), "Seed": str(args.seed)}
     on_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", args.data) and not path.exists() else None
     measured = Accuracy(

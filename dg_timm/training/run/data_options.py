@@ -2,6 +2,7 @@
 
 import argparse
 
+from dg_timm._errors import BadValue
 from dg_timm.training.run.option_types import (
     OptionGroup,
     finite_float,
@@ -18,10 +19,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        default="digits",
-        help="data set: digits; a folder of images (a folder for each class, also below train, val, validation or "
-        "test), of Parquet files, of webdataset shards, or saved by save_to_disk; a .parquet or .tar file; a .csv of "
-        "file names and labels; or a data set on the Hub",
+        help="data set: digits (scikit-learn's); a folder of images (a folder for each class, also below train, val, "
+        "validation or test), of Parquet files, of webdataset shards, or saved by save_to_disk; a .parquet or .tar "
+        "file; a .csv of file names and labels; or a data set on the Hub; by default none, and one has to be named",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="name of the split to train on; by default train")
@@ -59,6 +59,12 @@ def add_summary_option(parser: argparse.ArgumentParser) -> None:
         help="print the source, the rows of each split, the classes and what was left out, save a picture of 16 "
         "samples (data_summary.png without a FILE), and stop; by default train",
     )
+
+
+def require_data(args: argparse.Namespace) -> None:
+    """Raise BadValue if neither the command line nor its recipe names the data."""
+    if args.data is None:
+        raise BadValue("--data is missing: a folder, a file, or a data set on the Hub; or digits, to try things out")
 
 
 def add_reading_options(data: OptionGroup) -> None:

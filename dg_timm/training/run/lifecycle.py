@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from dg_timm._errors import BadState, BadValue, UserError
+from dg_timm._errors import BadState, BadValue, CommandStopped
 from dg_timm.training.loop.checkpoints import Checkpoints, find_fault, latest_valid, read_args
 from dg_timm.training.loop.config import Callbacks, Interrupted, NonFiniteLoss, TrainerConfig
 from dg_timm.training.loop.distributed import HostAllReduce, InterruptFlag, Processes, make_accelerator
@@ -123,7 +123,9 @@ def find_start(
             accelerator.print(f"--resume auto: there is no checkpoint in {folder} to go on from, starting afresh")
             return None
     elif faults:
-        raise BadValue(f"--resume {place}: {faults}")
+        raise BadValue(
+            f"--resume {place} is no sound checkpoint: {faults}; give one of {folder}, or auto for the newest"
+        )
     elif Path(place).resolve().parent != folder.resolve():
         raise BadValue(
             f"--resume {place} is of another run than --output {folder.parent}; to start afresh from its weights, give "
@@ -191,11 +193,10 @@ def run_training(
 def run_command(
     args: argparse.Namespace, work: Callable[[Accelerator, InterruptFlag], None], *, compile: bool = False
 ) -> int:
-    """Do the work of a script; turn what a user can mend, or asked for, into a message.
+    """Do the work of a script; return the exit status 0.
 
-    Returns:
-        the exit status: 0; 1 for a loss that is not finite; 2 for a :class:`dg_timm.UserError`; 128 and the number of
-        the signal that ended it. Any other exception keeps its traceback.
+    Raises:
+        CommandStopped: with status 1 for a loss that is not finite; 128 and the number of the signal that ended it.
     """
     interrupt = InterruptFlag()
     with interrupt.listening():
@@ -209,14 +210,11 @@ def run_command(
             work(accelerator, interrupt)
         except Interrupted as stopped:
             accelerator.print(f"{stopped}. Go on with:\n  {command_to_go_on(sys.argv, accelerator.num_processes)}")
-            return 128 + stopped.signal
+            raise CommandStopped(128 + stopped.signal, "") from stopped
         except NonFiniteLoss as error:
             advice = "A smaller --lr, --warmup-epochs or --clip-grad may help"
-            accelerator.print(f"error: {error}. {advice}", file=sys.stderr)
-            return 1
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            line = f"error: {error}. {advice}"
+            raise CommandStopped(1, line if accelerator.is_main_process else "") from error
     return 0
 
 
@@ -231,6 +229,8 @@ def command_to_go_on(argv: Sequence[str], processes: int) -> str:
         else:
             kept.append(token)
     command = shlex.join([*kept, "--resume", "auto"])
+    if kept[0].startswith("dg-timm "):
+        return " ".join([kept[0], shlex.join([*kept[1:], "--resume", "auto"])])
     if processes == 1:
         return f"python {command}"
     return f"torchrun --nproc_per_node ... (as before, {processes} processes) {command}"

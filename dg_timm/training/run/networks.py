@@ -71,7 +71,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         path = path / "model"  # of a run's folder
     if name.startswith("local-dir:") or (path / "config.json").exists():
-        zoo.try_register(_read_config(path).get("architecture", ""))
+        zoo.try_register(read_config(path).get("architecture", ""))
         return f"local-dir:{path}", True
     zoo.try_register(name)
     if not timm.is_model(name):
@@ -82,7 +82,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder in Hub layout."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -94,6 +94,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BadValue(f"{folder / 'config.json'} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise BadValue(f"{folder / 'config.json'} is not the configuration of a model")
+    if "detector" in config:
+        raise BadValue(f"{folder} holds a detector; evaluate it with dg-timm detect --evaluate {folder}")
     return config
 
 
@@ -104,11 +106,17 @@ def implies_pretrained(name: str) -> bool:
 
 def is_dynamic(name: str) -> bool:
     """Tell whether a name stands for a dynamic network."""
-    name, saved = _resolve(name)
-    kind, _, place = name.partition(":")
-    if saved and kind == "local-dir":
-        return str(_read_config(Path(place)).get("architecture", "")).startswith("dg_")
-    return (load_model_config_from_hf(place)[1] if saved else name).startswith("dg_")
+    architecture = architecture_of(name)
+    if architecture.startswith(("hf-hub:", "hf_hub:")):
+        architecture = load_model_config_from_hf(architecture.partition(":")[2])[1]
+    return architecture.startswith("dg_")
+
+
+def architecture_of(name: str) -> str:
+    """Give the name, with its tag, of the model that a folder holds; any other name is returned as it is."""
+    known, saved = _resolve(name)
+    kind, _, place = known.partition(":")
+    return str(read_config(Path(place)).get("architecture", "")) if saved and kind == "local-dir" else name
 
 
 def saved_args(name: str) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def saved_args(name: str) -> dict[str, Any]:
         return {}
     kind, _, place = name.partition(":")
     if kind == "local-dir":
-        return _read_config(Path(place)).get("model_args") or {}
+        return read_config(Path(place)).get("model_args") or {}
     return load_model_config_from_hf(place)[2] or {}
 
 
@@ -136,7 +144,7 @@ def _graph_options(name: str, weights: Path) -> dict[str, Any]:
     """Read the graph's options from beside the weights: with others the same tensors may predict something else."""
     if not name.startswith("dg_") or not weights.with_name("config.json").exists():
         return {}
-    made = _read_config(weights.parent)
+    made = read_config(weights.parent)
     if not str(made.get("architecture", "")).startswith("dg_"):
         return {}
     return {

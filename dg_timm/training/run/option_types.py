@@ -1,8 +1,7 @@
-"""Parts of a command line: the look of its help, flags, and types that say in a sentence what is allowed."""
+"""Parts of a command line: flags, and types that say in a sentence what is allowed."""
 
 import argparse
 import contextlib
-import copy
 import math
 from typing import Any, Protocol
 
@@ -15,17 +14,6 @@ class OptionGroup(Protocol):
     def add_argument(self, *name_or_flags: str, **options: Any) -> argparse.Action:
         """Add an option."""
         ...
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the default of every option that has one; keep the line breaks of the description."""
-
-    def add_argument(self, action: argparse.Action) -> None:
-        """Add an option to the help; one without a default says itself what happens then."""
-        if action.default is None or action.default in ([], {}):
-            action = copy.copy(action)
-            action.default = argparse.SUPPRESS
-        super().add_argument(action)
 
 
 def flag(group: OptionGroup, name: str, default: bool, help: str) -> None:

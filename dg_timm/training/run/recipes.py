@@ -47,8 +47,31 @@ def parse_with_recipe(
     name = finder.parse_known_args(argv)[0].recipe
     if name is not None:
         file = _find_recipe(parser, name, recipes)
-        parser.set_defaults(**_check_recipe(parser, file, _read_recipe(parser, file)))
+        recipe = _check_recipe(parser, file, _read_recipe(parser, file))
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(argv)
+        _drop_epochs(args, recipe, argv)
+        return args
     return parser.parse_args(argv)
+
+
+# What a recipe counts in epochs has no meaning where the command line counts a training in updates.
+_OF_EPOCHS = {"warmup_epochs": 0.0, "cooldown_epochs": 0, "decay_epochs": None, "warmup_prefix": False}
+
+
+def _drop_epochs(args: argparse.Namespace, recipe: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Leave out what the recipe says in epochs if the command line says --updates, and say so."""
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    if "updates" not in given:
+        return
+    dropped = [name for name in _OF_EPOCHS if name in recipe and name not in given and recipe[name] != _OF_EPOCHS[name]]
+    for name in dropped:
+        setattr(args, name, _OF_EPOCHS[name])
+    if dropped:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in dropped)
+        print(
+            f"{names} of recipe {args.recipe} left out: it counts epochs, and --updates counts updates", file=sys.stderr
+        )
 
 
 def _find_recipe(parser: argparse.ArgumentParser, name: str, recipes: Path | None) -> Path:
@@ -58,7 +81,12 @@ def _find_recipe(parser: argparse.ArgumentParser, name: str, recipes: Path | Non
     known = sorted(path.stem for path in recipes.glob("*.yaml")) if recipes else []
     if recipes and name.removesuffix(".yaml") in known:
         return recipes / f"{name.removesuffix('.yaml')}.yaml"
-    parser.error(f"--recipe {name}: no such file or recipe; there are {', '.join(known)}")
+    parser.error(f"--recipe {name}: no such file or recipe{_nearest(name, known)}; there are {', '.join(known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest one is {near[0]}" if near else ""
 
 
 def _read_recipe(parser: argparse.ArgumentParser, file: Path) -> dict[Any, Any]:
