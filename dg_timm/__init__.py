@@ -12,7 +12,7 @@ from dg_timm.analysis.counting import Complexity, complexity, cost
 from dg_timm.analysis.plot import draw_wiring
 from dg_timm.analysis.recorder import adjacency, majority_topology, record_adjacency, skipped_nodes
 from dg_timm.budget.calibration import calibrate, threshold_curve
-from dg_timm.budget.curve import BudgetPoint, budget_curve, measure_budgets, set_budget
+from dg_timm.budget.curve import BudgetPoint, budget_curve, keep_curve, measure_budgets, set_budget
 from dg_timm.budget.fixed import to_fixed
 from dg_timm.budget.norms import refit_norms
 from dg_timm.conversion.convert import dynamize
@@ -37,6 +37,7 @@ __all__ = [
     "cost",
     "draw_wiring",
     "dynamize",
+    "keep_curve",
     "kernels",
     "majority_topology",
     "measure_budgets",

@@ -1,7 +1,9 @@
 """One network, many budgets: what each budget of its gates costs, and the setting that a user asks for."""
 
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,13 @@ def budget_curve(model: nn.Module) -> list[BudgetPoint]:
 
 
 def keep_curve(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
-    """Make a curve a network's own: ``set_budget`` reads it, and it is saved in config.json."""
+    """Make a curve a network's own: :func:`set_budget` reads it, and it is saved in config.json.
+
+    >>> import dg_timm, timm
+    >>> model = timm.create_model("dg_resnet18", gates=True)
+    >>> dg_timm.keep_curve(model, [dg_timm.BudgetPoint(0.5, 0.6, 0.05), dg_timm.BudgetPoint(1.0, 0.9, 0.1)])
+    >>> dg_timm.set_budget(model, 0.75)
+    """
     ascending = [asdict(point) for point in sorted(points, key=lambda point: point.cost)]
     for stage in require_dynamic(model).values():
         stage.budgets = ascending
@@ -61,14 +69,22 @@ def keep_curve(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
 
 @torch.no_grad()
 def measure_budgets(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], budgets: Sequence[float]
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    budgets: Sequence[float],
+    *,
+    timed_images: int = 0,
 ) -> list[BudgetPoint]:
     """Measure what a network costs and predicts at each budget; it is not touched, but for its modes meanwhile.
+
+    Give the result to :func:`keep_curve` for :func:`set_budget` to use.
 
     Args:
         model: a dynamic graph network with gates, in any execution.
         batches: (images, labels or None), read once for each budget.
         budgets: of the gates, 0..1.
+        timed_images: of the first batch, on which the time of an image is measured here, in sparse execution at batch
+            1; the budgets take turns. 0 measures no time.
 
     Raises:
         BadValue: if the network has no gates, or there is no image.
@@ -97,7 +113,24 @@ def measure_budgets(
         every = torch.cat(costs)
         top1 = 100 * torch.cat(right).mean().item() if right else None
         points.append(BudgetPoint(float(budget), every.mean().item(), every.std(unbiased=False).item(), top1))
+    if timed_images:
+        images = next(iter(batches))[0][:timed_images]
+        for k, milliseconds in enumerate(_time_budgets(model, images, budgets)):
+            points[k] = replace(points[k], milliseconds=milliseconds, where=describe_hardware())
     return points
+
+
+def _time_budgets(model: nn.Module, images: Tensor, budgets: Sequence[float]) -> list[float]:
+    """The median milliseconds of an image at each budget."""
+    seconds: list[list[float]] = [[] for _ in budgets]
+    with evaluating(model):
+        for image in (images[:1], *images.split(1)):  # the first one warms up
+            for of_budget, budget in zip(seconds, budgets, strict=True):
+                with requesting(execution="sparse", sets_budget=True, budget=budget):
+                    start = time.perf_counter()
+                    model(image)
+                    of_budget.append(time.perf_counter() - start)
+    return [1000 * median(of_budget[1:]) for of_budget in seconds]
 
 
 def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: float | None = None) -> None:
@@ -133,8 +166,8 @@ def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: flo
         ]
         if len(here) < 2:
             raise BadValue(
-                "no time of this network was measured on this machine; calibrate it here first (dg_timm.calibrate with "
-                "time=True, or train_scripts/calibrate.py)"
+                "no time of this network was measured on this machine: measure it here, dg_timm.keep_curve(model, "
+                "dg_timm.measure_budgets(model, batches, budgets, timed_images=64))"
             )
         budget = _interpolate(here, _number(milliseconds, "milliseconds"), "milliseconds")
     set_cascade(model, None)
@@ -157,8 +190,8 @@ def _curve(model: nn.Module) -> list[BudgetPoint]:
     points = budget_curve(model)
     if not points:
         raise BadValue(
-            "this network has no measured curve of budgets: train it for a range (--target-cost 0.45 1.0), or measure "
-            "one with train_scripts/calibrate.py"
+            "this network has no measured curve of budgets: train it for a range (--target-cost 0.6 1.0), or measure "
+            "one, dg_timm.keep_curve(model, dg_timm.measure_budgets(model, batches, budgets))"
         )
     return points
 

@@ -20,6 +20,7 @@ threshold and norms, as one that ``timm.create_model("local-dir:...", pretrained
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="new folder for the network at the budget; by default none is saved"
     )
+    parser.add_argument(
+        "--max-drop",
+        type=non_negative_float,
+        default=2.0,
+        help="points of top-1 that --save may lose against the network as it is",
+    )
     parser.add_argument("--csv", type=Path, help="CSV file for the curve; by default none is written")
     parser.add_argument("--plot", type=Path, help="PNG file for a picture of the curve; by default none is drawn")
     operating_points.add_options(parser)
@@ -103,6 +110,12 @@ def calibrate_network(args: argparse.Namespace) -> None:
         return
     print(json.dumps(best))
     if args.save:
+        lost = rows[0]["top1"] - best["top1"]
+        if lost > args.max_drop:
+            raise BadValue(
+                f"the network at this budget loses {lost:.2f} points of top-1, and was not saved; allow it with "
+                f"--max-drop {math.ceil(lost)}, or train for the budget (train --target-cost)"
+            )
         operating_points.save_at(models[str(best["threshold"])], args.save, _made(args, best))
 
 

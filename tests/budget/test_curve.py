@@ -53,6 +53,8 @@ def test_milliseconds_are_those_of_this_machine():
         BudgetPoint(p.budget, p.cost, p.spread, p.top1, ms, describe_hardware())
         for p, ms in zip(points, (1.0, 2.0, 4.0), strict=True)
     ]
+    found = dg_timm.measure_budgets(model, [(torch.randn(2, 3, 32, 32).double(), None)], (0.0, 1.0), timed_images=2)
+    assert all(point.milliseconds > 0 and point.where == describe_hardware() for point in found)
     keep_curve(model, here)
     dg_timm.set_budget(model, milliseconds=3)
     assert {gate.budget for gate in gates(model).values()} == {0.75}

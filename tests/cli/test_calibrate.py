@@ -34,7 +34,7 @@ def test_calibrate_prints_the_curve_and_meets_a_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     common = ("calibrate.py", tmp_path / "run", "--data", "digits", "--val-limit", 64, "--rounds", 2, "--threads", 1)
     shown = run(*common, "--thresholds", 0, 0.4, 3, "--time-batch", 8, "--target-cost", 0.7, "--refit-norms", 64,
-                "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png",
+                "--max-drop", 100, "--csv", tmp_path / "curve.csv", "--plot", tmp_path / "curve.png",
                 "--save", tmp_path / "at_0.7")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     curve = rows(tmp_path / "curve.csv")

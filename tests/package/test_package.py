@@ -37,6 +37,7 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     assert {name for name in names if ".dist-info/" not in name} == shipped
     assert {
         "dg_timm/execution/backends/cpu.c",
+        "dg_timm/execution/backends/cpu_sparse.h",
         "dg_timm/hub/card_template.md",
         "dg_timm/models/pretrained/dg_cifar_resnet26.cifar10/model.safetensors",
         "dg_timm/recipes/digits.yaml",

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm._version import __version__
 from dg_timm.analysis.counting import Costs, count_costs
+from dg_timm.budget.curve import keep_curve, measure_budgets
 from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
@@ -34,6 +37,7 @@ from dg_timm.training.run.task import TrainingTask
 # A point of top-1 is worth a hundredth of the static network's cost: a network that is too dear is not the best.
 VALUE = Metric("value", "top-1 (%) less 100 x (cost - target)")
 VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
+CURVE_POINTS, CURVE_IMAGES = 6, 512  # of the curve of budgets that is saved with a network
 GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
 
 
@@ -63,7 +67,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
     objective = with_cost_target(args, network, args.updates or args.epochs * updates_per_epoch)
     evaluation = _Evaluation(args, network, val_loader, accelerator)
-    output = _Output(args, network, splits)
+    output = _Output(args, network, splits, evaluation)
 
     def on_epoch(epoch: int) -> None:
         mixup = network.objective.mixup
@@ -159,6 +163,19 @@ class _Evaluation:
             }
         return row
 
+    def keep_curve(self, best: nn.Module) -> None:
+        """Measure what a network that was trained for a range does at budgets from end to end, and keep it."""
+        targets = self.args.target_cost or [1.0]
+        if targets[0] == targets[-1]:
+            return
+        budgets = torch.linspace(targets[0], targets[-1], CURVE_POINTS).tolist()
+        layout = torch.channels_last if self.args.channels_last else torch.contiguous_format
+        some = itertools.islice(self.val_loader.epoch(0), -(-CURVE_IMAGES // self.val_loader.sampler.batch_size))
+        moved = [batch.move_to(self.accelerator.device, layout) for batch in some]
+        counted = [batch.sample_mask > 0 for batch in moved]
+        pairs = [(batch.images[own], batch.labels[own]) for batch, own in zip(moved, counted, strict=True)]
+        keep_curve(best, measure_budgets(best, pairs, budgets))
+
     def observe(self, candidate: nn.Module) -> Row:
         """Describe the graph on some of the images."""
         return graph_statistics(candidate, self.sample) if self.sample is not None else {}
@@ -167,8 +184,8 @@ class _Evaluation:
 class _Output:
     """What a run writes of its network, with the names of its classes."""
 
-    def __init__(self, args: argparse.Namespace, network: Network, splits: Splits) -> None:
-        self.args, self.network, self.images = args, network, splits.test.size
+    def __init__(self, args: argparse.Namespace, network: Network, splits: Splits, evaluation: _Evaluation) -> None:
+        self.args, self.network, self.images, self.evaluation = args, network, splits.test.size, evaluation
         complete = network.objective.num_classes == len(splits.label_names)
         self.label_names = splits.label_names if complete else None
 
@@ -180,6 +197,7 @@ class _Output:
 
     def export(self, best: nn.Module, row: Row, epochs: int, average: bool) -> None:
         """Write the best network in Hub layout."""
+        self.evaluation.keep_curve(best)
         save_model(
             best,
             Path(self.args.output) / "model",
