@@ -30,7 +30,8 @@ def draw_wiring(
 
     Nodes lie on a line in topological order (squares are input and output). An arc is an edge. Its width is the size of
     the edge's weight. Its color is the difference from the mean weight of that edge over the images drawn, so that what
-    is *dynamic* stands out: red is more than for the others, blue less. A closed edge is not drawn.
+    is *dynamic* stands out: red is more than for the others, blue less. A closed edge is not drawn, and a block that
+    does not run for the image, because it is skipped or removed, is hollow.
 
     Args:
         adjacency: ``{stage: (batch, N, N)}``; stages of a single block are left out where there are larger ones.
@@ -120,8 +121,10 @@ def _draw_graph(panel: Any, alpha: Tensor, difference: Tensor) -> None:
     graph.add_nodes_from(range(last + 1))
     graph.add_edges_from(torch.nonzero(alpha).tolist())
     position = {node: (node, 0.0) for node in graph}
-    for nodes, shape in (([0, last], "s"), (list(range(1, last)), "o")):
-        nx.draw_networkx_nodes(graph, position, nodes, _NODE_AREA, "0.25", shape, ax=panel)
+    runs = [node for node in range(1, last) if alpha[:, node].any()]
+    skipped = [node for node in range(1, last) if node not in runs]
+    for nodes, shape, color in (([0, last], "s", "0.25"), (runs, "o", "0.25"), (skipped, "o", "white")):
+        nx.draw_networkx_nodes(graph, position, nodes, _NODE_AREA, color, shape, edgecolors="0.25", ax=panel)
     for along, bend in ((True, 0.0), (False, -0.45)):  # the chain is straight, every other edge an arc
         edges = [(i, j) for i, j in graph.edges if (j == i + 1) == along]
         nx.draw_networkx_edges(

@@ -1,6 +1,6 @@
 """Record the adjacency of each image as the network runs, without a trace on the network."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,9 @@ from dg_timm.graph.gate import splice
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage, require_dynamic
 
+# (router, pooled feature, weights of the edges that leave its node) -> what to record of them, (batch, edges, ...)
+RowOf = Callable[[Router, Tensor, Tensor], Tensor]
+
 
 class AdjacencyRecorder:
     """Collects what routers and gates give, and assembles the adjacency of each stage when its last router has spoken.
@@ -28,9 +31,9 @@ class AdjacencyRecorder:
 
     output: Any = None
 
-    def __init__(self, names: dict[DGStage, str]) -> None:
+    def __init__(self, names: dict[DGStage, str], row_of: RowOf | None = None) -> None:
         self.recorded: dict[str, Tensor] = {}
-        self._names = names
+        self._names, self._row_of = names, row_of
         self.skipped: dict[str, Tensor] = {}
         self._rows: dict[str, dict[int, tuple[Tensor, list[int]]]] = {}
         self._skipped: dict[str, dict[int, Tensor]] = {}
@@ -44,7 +47,7 @@ class AdjacencyRecorder:
         if node == 0:  # what is left of a forward pass that was interrupted goes
             rows.clear()
             self._skipped.pop(name, None)
-        rows[node] = (row.detach(), router.targets)
+        rows[node] = (row.detach() if self._row_of is None else self._row_of(router, pooled, row), router.targets)
         if node == len(stage.edges) - 2:
             of_nodes = [rows[k] for k in range(len(rows))]
             alpha = adjacency_matrix([row for row, _ in of_nodes], [targets for _, targets in of_nodes])
@@ -53,7 +56,7 @@ class AdjacencyRecorder:
                 for k, of_node in self._skipped.pop(name).items():
                     skipped[:, k] = of_node
                 self.skipped[name] = skipped
-                alpha = splice(alpha, skipped)
+                alpha = alpha if self._row_of else splice(alpha, skipped)
             self.recorded[name] = alpha
 
     def keep_gate(self, stage: DGStage, node: int, runs: Tensor) -> None:
@@ -128,13 +131,15 @@ def _evaluated(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def record_adjacency(model: nn.Module, row_of: RowOf | None = None) -> Iterator[dict[str, Tensor]]:
     """Collect the adjacency of the last forward pass inside the ``with`` block, at no cost of a second one.
 
     Only passes of this thread, in dense execution, are seen; the model is not touched.
 
     Args:
         model: a dynamic graph network.
+        row_of: what to record of each router in place of its weights, (router, pooled feature (batch, channels),
+            weights (batch, edges)) -> (batch, edges, ...). Nothing of it is passed on past a skipped node.
 
     Returns:
         ``{stage name: alpha}``, filled as stages run; see :func:`dg_timm.adjacency`.
@@ -152,14 +157,14 @@ def record_adjacency(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     stages = require_dynamic(model)
     if request().execution != "dense" and any(stage.execution != "dense" for stage in stages.values()):
         raise BadValue("the adjacency is recorded in dense execution: dg_timm.set_execution(model, 'dense') first")
-    with recording(model) as recorder:
+    with recording(model, row_of) as recorder:
         yield recorder.recorded
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[AdjacencyRecorder]:
+def recording(model: nn.Module, row_of: RowOf | None = None) -> Iterator[AdjacencyRecorder]:
     """As :func:`record_adjacency`, with what the gates say; nothing is checked."""
-    recorder = AdjacencyRecorder({stage: name for name, stage in require_dynamic(model).items()})
+    recorder = AdjacencyRecorder({stage: name for name, stage in require_dynamic(model).items()}, row_of)
     with requesting(recorder=recorder):
         yield recorder
 
