@@ -212,3 +212,9 @@ def test_training_towards_a_cost(tmp_path):
         assert float(row["eval_value"]) == pytest.approx(float(row["eval_top1"]) - 100 * excess, abs=1e-6)
     best = max(table, key=lambda row: float(row["eval_value"]))
     assert f"in epoch {best['epoch']};" in process.stdout
+    assert re.search(r"blocks have a gate .*; with every gate closed an image costs 0\.\d+", process.stdout)
+    last = process.stdout.strip().splitlines()[-1]
+    is_reached = float(best["eval_cost"]) <= 0.71
+    assert last == f"cost aimed at: 0.7 (it costs {float(best['eval_cost']):.3f}) " + (
+        "reached" if is_reached else "NOT reached: train longer, or aim higher"
+    )

@@ -188,6 +188,10 @@ def run_training(
         accelerator.end_training()
     best = trainer.progress.best
     accelerator.print(f"best: {task.metric.title} {best.metric:.2f} in epoch {best.epoch}; {output / 'model'} holds it")
+    rows = {int(row["epoch"]): row for row in trainer.report.epochs}
+    conclusion = task.conclude(rows[best.epoch]) if best.epoch in rows else None
+    if conclusion is not None:
+        accelerator.print(conclusion)
 
 
 def run_command(
