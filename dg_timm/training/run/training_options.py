@@ -220,7 +220,7 @@ def _add_cost_options(loss: OptionGroup) -> None:
         nargs="+",
         metavar="COST",
         help="mean cost of an image, relative to the static network, that training aims at: gates learn which blocks "
-        "each image skips. Two costs are a range of budgets that one network serves. By default cost plays no part",
+        "each image skips. Two costs are a range of budgets that one network serves; by default cost plays no part",
     )
     loss.add_argument(
         "--cost-weight",
