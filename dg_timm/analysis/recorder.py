@@ -26,6 +26,7 @@ class AdjacencyRecorder:
     Attributes:
         recorded: {stage: (batch, N, N)}, skipped nodes spliced out.
         skipped: {stage: (batch, N) bool}, of stages with gates.
+        unspliced: as ``recorded``, with what routers gave for skipped nodes, too.
         output: what the model gave.
     """
 
@@ -35,6 +36,7 @@ class AdjacencyRecorder:
         self.recorded: dict[str, Tensor] = {}
         self._names, self._row_of = names, row_of
         self.skipped: dict[str, Tensor] = {}
+        self.unspliced: dict[str, Tensor] = {}
         self._rows: dict[str, dict[int, tuple[Tensor, list[int]]]] = {}
         self._skipped: dict[str, dict[int, Tensor]] = {}
 
@@ -51,6 +53,7 @@ class AdjacencyRecorder:
         if node == len(stage.edges) - 2:
             of_nodes = [rows[k] for k in range(len(rows))]
             alpha = adjacency_matrix([row for row, _ in of_nodes], [targets for _, targets in of_nodes])
+            self.unspliced[name] = alpha
             if name in self._skipped:
                 skipped = alpha.new_zeros(alpha.shape[:2], dtype=torch.bool)
                 for k, of_node in self._skipped.pop(name).items():
@@ -194,7 +197,8 @@ def majority_topology(model: nn.Module, batches: Iterable[Tensor], share: float 
     total, times_open = 0, dict[str, Tensor]()
     for images in batches:
         total += len(images)
-        for name, alpha in adjacency(model, images).items():
+        # an edge past a skipped node weighs something there alone: in a topology the node's own edges lead past it
+        for name, alpha in record(model, images).unspliced.items():
             times_open[name] = times_open.get(name, 0) + (alpha != 0).sum(0)
     if total == 0:
         raise BadValue("no images: give at least one batch (batch, channels, height, width)")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dg_timm._errors import BadValue
+from dg_timm.training.data.decoding import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -58,12 +59,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 def read_picture(file: str, channels: int) -> Image.Image:
     """Decode a picture, turned as its EXIF data say, with the channels that a network takes."""
-    with Image.open(file) as picture:
-        picture.load()
-        upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I;16"):  # 16 bits of grey; Pillow alone would cut them off at 255
-        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    return upright.convert(_MODES[channels])
+    return decode_image(file, _MODES[channels])
 
 
 class Pictures(Dataset[Any]):

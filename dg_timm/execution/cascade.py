@@ -93,6 +93,10 @@ def set_cascade(
         raise BadValue(f"certainty must be one of {', '.join(CERTAINTIES)}, got {certainty!r}")
     if threshold != threshold:
         raise BadValue("threshold must be a number, got NaN")
+    if certainty == "entropy" and threshold > 0:
+        raise BadValue(
+            f"the certainty by entropy is at most 0, so threshold {threshold:g} is never reached; give e.g. -0.5"
+        )
     _install(model, Cascade(chosen, float(threshold), certainty))
 
 

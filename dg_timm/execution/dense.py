@@ -115,7 +115,7 @@ class Dense(Executor):
         """
         own: Gate = getattr(self.stage, f"gate{node}")
         assert self.into is not None
-        pooled = [pool for i in self.topology[node] if (pool := self.pooled[i]) is not None]
+        pooled = [pool for pool in [self.pooled[i] for i in self.topology[node]] if pool is not None]
         logit = own(pool_inputs(pooled, self.into), None if self.sampling is None else self.sampling.budgets)
         if self.sampling is not None and self.sampling.noise is not None:
             logit = logit + self.sampling.noise[self.stage][node - 1, :, None]
@@ -187,10 +187,14 @@ class Checkpointed(Dense):
 
 
 def unused_parameters(stage: DGStage, topology: list[list[int]], fixed_threshold: bool) -> list[nn.Parameter]:
-    """Parameters that take no part in a forward pass: of blocks left out, of routers, of thresholds out of force."""
+    """Parameters that take no part in a forward pass: of blocks left out, routers, gates, thresholds."""
     unused: list[nn.Parameter] = []
     for node in range(len(topology) - 1):
         router = getattr(stage, f"router{node}")
+        if node in stage.gated_nodes:
+            gate: Gate = getattr(stage, f"gate{node}")
+            if not topology[node] or gate.effective_budget() is None:
+                unused += gate.parameters()
         if node > 0 and not topology[node]:
             unused += [*getattr(stage, stage.block_names[node - 1]).parameters(), *router.parameters()]
         elif fixed_threshold or router.fixed_threshold is not None:

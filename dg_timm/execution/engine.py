@@ -30,7 +30,7 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
     if chunks > 1 and chunking.is_exact(stage, run, x, chunks):
         return chunking.run_chunks(run, x, chunks)
     out = run(x)
-    if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked)):
+    if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked) or _is_open(stage)):
         unused = unused_parameters(stage, topology, asked.threshold is not None)
         out = autograd.TakePart.apply(out, *unused) if unused else out
     return out
@@ -43,6 +43,11 @@ def _executor(stage: DGStage, topology: list[list[int]], plain: bool, asked: Req
 
 def _has_fixed_threshold(stage: DGStage, asked: Request) -> bool:
     return asked.threshold is not None or stage.router0.fixed_threshold is not None  # type: ignore[union-attr]
+
+
+def _is_open(stage: DGStage) -> bool:
+    """Whether a budget opens every gate, so that gates learn nothing."""
+    return any(getattr(stage, f"gate{node}").effective_budget() is None for node in stage.gated_nodes[:1])
 
 
 @torch.compiler.disable(reason="sparse execution chooses what to run by the image")

@@ -74,6 +74,7 @@ def create_dynamic(static_name: str, pretrained: bool = False, **kwargs: Any) ->
         ) from error
     if isinstance(model, (FeatureListNet, FeatureDictNet)):
         model.register_load_state_dict_pre_hook(_flatten_names)
+        set_cascade(model, None)  # features have no certainty: they are those of the whole budget
     _restore_source(model, {key: getattr(source, key) for key in located})
     from_hub = bool(located) and source.source != "local-dir"
     model.provenance = Provenance(not pretrained, source.hf_hub_id if from_hub else None)  # type: ignore[assignment]
@@ -136,7 +137,7 @@ def _after_training(
     if skipped_blocks:
         leave_out(model, skipped_blocks)
     keep_curve(model, [BudgetPoint(**point) for point in budgets])
-    if cascade is not None:
+    if cascade is not None and bool(model.num_classes):  # features have no certainty
         set_cascade(model, **cascade)
     return model
 

@@ -8,7 +8,7 @@ import torch
 
 import dg_timm
 from dg_timm.graph.stage import graph_stages, routers
-from tests.helpers.networks import FAMILIES, randomize, randomize_graph
+from tests.helpers.networks import FAMILIES, gated_network, randomize, randomize_graph
 from tests.helpers.stages import images, make_stage
 
 
@@ -161,3 +161,12 @@ def test_bad_topologies_change_nothing():
     assert {stage.execution for stage in graph_stages(model).values()} == {"dense"}
     assert all(stage.topology == [[], [0], [0, 1], [0, 1, 2]] for stage in graph_stages(model).values())
     assert len(routers(model)) == 12
+
+
+def test_fixed_execution_of_all_edges_is_dense_execution_with_gates():
+    """An edge past a skipped node belongs to the image, not to the topology."""
+    model, images = gated_network()
+    with torch.no_grad():
+        wanted = model(images)
+        dg_timm.set_execution(model, "fixed", dg_timm.majority_topology(model, [images], share=0.0))
+        torch.testing.assert_close(model(images), wanted)

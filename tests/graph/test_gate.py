@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dg_timm
+from dg_timm.execution.dense import unused_parameters
 from dg_timm.graph.context import requesting
 from dg_timm.graph.gate import Gate, gates, pass_on, pool_inputs, splice
 from dg_timm.graph.stage import graph_stages
@@ -178,3 +179,23 @@ def test_options_are_checked_and_saved(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
     assert len(gates(loaded)) == len(gates(model))
+
+
+def test_a_gated_stage_compiles_as_one_graph():
+    model, _ = gated_network()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model.layer2, backend="eager", fullgraph=True)
+        x = torch.randn(4, 16, 8, 8, dtype=torch.double)
+        torch.testing.assert_close(compiled(x), model.layer2(x))
+
+
+def test_gates_that_learn_nothing_still_take_part():
+    """DistributedDataParallel waits for every parameter that a pass should have used."""
+    model, images = gated_network()
+    for gate in gates(model).values():
+        gate.budget = None
+    found = torch.autograd.grad(model(images).sum(), list(model.layer1.parameters()), allow_unused=True)
+    assert any(gradient is not None for gradient in found)
+    unused = unused_parameters(model.layer1, model.layer1.edges, fixed_threshold=False)
+    assert {id(p) for gate in gates(model.layer1).values() for p in gate.parameters()} <= {id(p) for p in unused}

@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_package_and_no_more(built):
         str(path.relative_to(ROOT))
         for folder in ("dg_timm", "dg_timm_cli")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".c", ".md", ".typed", ".json", ".safetensors", ".png", ".yaml")
+        if path.suffix in (".py", ".c", ".h", ".md", ".typed", ".json", ".safetensors", ".png", ".yaml")
     }
     shipped |= {"dg_timm/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == shipped
