@@ -2,7 +2,8 @@
 
 ``nn.Module.load_state_dict`` asks the hooks below, of every network and every stage, wherever they lie in a parent. A
 state dict that holds every tensor of the static stages and none of a graph is that of a static network, and becomes
-the identity. A part of one is not: graphs that it does not mention stay as they are, and are reported as missing.
+the identity. A part of one is not: graphs that it does not mention stay as they are, and are reported as missing. A
+static state dict of another architecture is refused, also with ``strict=False``: what fits of it would be mixed in.
 """
 
 import copy
@@ -147,6 +148,7 @@ def complete_network(
     model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict, *_: object
 ) -> None:
     """A load hook of a dynamic network: a static state dict becomes the identity, below any parent."""
+    _refuse_another(model, state_dict, prefix)
     state_dict.update(to_identity(model, state_dict, prefix))
     # what is a part of a network for all of it must not look whole to one of its stages
     is_part = not any(_GRAPH_KEY.search(key) for key in state_dict if key.startswith(prefix))
@@ -161,7 +163,30 @@ def complete_stage(
     if stage.is_loading_part:
         stage.is_loading_part = False
         return
+    _refuse_another(stage, state_dict, prefix)
     state_dict.update(to_identity(stage, state_dict, prefix))
+
+
+def _refuse_another(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a static state dict of another architecture, before any tensor of this network or stage is copied.
+
+    A part of the own one is welcome, and so is a whole one with more beside the stages (a head that was left out).
+
+    Raises:
+        BadState: naming the tensors that are not the model's, or of another shape.
+    """
+    given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    if not is_static(given):
+        return
+    own = model.state_dict()
+    problems = _mis_shaped(own, given)
+    if not holds_static(model, given):
+        problems += [f"'{key}', which the model has not" for key in given if key not in own]
+    if problems:
+        raise BadState(
+            f"this static checkpoint is of another architecture than {type(model).__name__}: {_listed(problems)}. "
+            "Nothing of it was loaded; load one of the same architecture, or leave out the tensors that do not fit"
+        )
 
 
 def register_hooks(model: nn.Module) -> None:
@@ -186,11 +211,7 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
     given = {key: value for key, value in state_dict.items() if key.startswith(within)}
     missing = [key for key in own if key not in given]
     extra = [key for key in given if key not in own]
-    shapes = [
-        f"'{key}': {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
-        for key, value in own.items()
-        if isinstance(value, Tensor) and key in given and given[key].shape != value.shape
-    ]
+    shapes = _mis_shaped(own, given)
     problems = []
     if missing:
         problems.append(f"missing {_listed(repr(key) for key in missing)}")
@@ -203,6 +224,14 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Any], within: tuple[str
             f"this checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Nothing was loaded; check "
             f"that the model's name and options (num_classes, {', '.join(GRAPH_OPTIONS)}) are those of the checkpoint"
         )
+
+
+def _mis_shaped(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"'{key}': {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for key, value in own.items()
+        if isinstance(value, Tensor) and key in given and given[key].shape != value.shape
+    ]
 
 
 def _listed(items: Iterable[str]) -> str:

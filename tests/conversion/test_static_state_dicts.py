@@ -193,20 +193,38 @@ def test_another_architecture_changes_nothing(other):
 
 
 @pytest.mark.parametrize("other", ["cifar_resnet26", "resnet18", "mobilenetv2_050"])
-@pytest.mark.parametrize("parent", ["Sequential", "DataParallel", "Lightning"])
-def test_below_a_parent_another_architecture_is_an_error_and_leaves_the_graphs(other, parent):
-    """torch itself copies the tensors that fit before it raises; those of the graph it never gets."""
+@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_below_a_parent_another_architecture_changes_nothing(other, parent, strict):
     _, dynamic = networks("dg_cifar_resnet20", parent)
     given = PARENTS[parent](copy.deepcopy(made(other))).state_dict()
     before = state_of(dynamic)
-    with pytest.raises(RuntimeError, match=r"Unexpected key|size mismatch|does not fit"):
-        dynamic.load_state_dict(given)
-    now = dynamic.state_dict()
-    assert_unchanged(dynamic, before, [key for key in before if ".router" in key])
-    for key, value in now.items():  # each tensor is the old one, or one that was given
-        fits = key in given and given[key].shape == value.shape
-        assert torch.equal(value, before[key]) or (fits and torch.equal(value, given[key])), key
-    assert not is_identity(dynamic)
+    with pytest.raises(UserError, match=r"does not fit|is of another architecture than DG.*: '.*Nothing .*was loaded"):
+        dynamic.load_state_dict(given, strict=strict)
+    assert_unchanged(dynamic, before, [key for key in before if "extra" not in key])  # a parent's own is the parent's
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_stage_of_another_architecture_changes_nothing(strict):
+    _, dynamic = networks("dg_cifar_resnet20")
+    parent = nn.Sequential(dynamic.layer1)
+    given = nn.Sequential(made("cifar_resnet26").layer1).state_dict()
+    before = state_of(dynamic)
+    with pytest.raises(UserError, match="is of another architecture than .*, which the model has not"):
+        parent.load_state_dict(given, strict=strict)
+    assert_unchanged(dynamic, before)
+
+
+def test_a_part_of_another_shape_is_named_before_anything_is_copied():
+    static, dynamic = networks("dg_cifar_resnet20")
+    before = state_of(dynamic)
+    given = static.state_dict() | {"fc.weight": torch.zeros(7, static.fc.in_features)}
+    with pytest.raises(UserError, match=r"'fc.weight': \(7, 64\) in the checkpoint, \(3, 64\) in the model"):
+        dynamic.load_state_dict(given, strict=False)
+    assert_unchanged(dynamic, before)
+    report = dynamic.load_state_dict(static.state_dict() | {"aux.weight": torch.zeros(2)}, strict=False)
+    assert report.unexpected_keys == ["aux.weight"]  # a whole static network with more beside it
+    assert is_identity(dynamic)
 
 
 # --------------------------------------------------------------------------- devices and types
