@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from dg_timm._errors import BadValue
+
 
 @contextlib.contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
@@ -14,12 +16,20 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
     The temporary path keeps the suffix of ``target``, because writers choose a format by it. Parent folders are made.
     After an exception ``target`` is as it was, and nothing is left beside it.
+
+    Raises:
+        BadValue: if a parent of ``target`` is a file, or a file was written and ``target`` is a folder.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadValue(f"{target} can't be written: {error.filename} is a file, not a folder") from error
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield temporary
+        if target.is_dir() and temporary.is_file():
+            raise BadValue(f"{target} is a folder; give the name of a file")
         put_in_place(temporary, target)
     finally:
         if temporary.is_dir():

@@ -44,7 +44,8 @@ def draw_wiring(
 
     Raises:
         MissingPackage: if matplotlib or networkx is missing; the message names the extra.
-        BadValue: if there is nothing to draw, or the numbers of images, titles and adjacency matrices differ.
+        BadValue: if there is nothing to draw, ``path`` is not that of a PNG file, or the numbers of images, titles and
+            adjacency matrices differ.
 
     >>> import dg_timm, timm, torch
     >>> model = timm.create_model("dg_cifar_resnet26.cifar10", pretrained=True)
@@ -60,6 +61,8 @@ def draw_wiring(
         raise MissingPackage("drawing needs matplotlib and networkx: pip install 'dg-timm[plots]'") from error
     stages = _drawn_stages(adjacency)
     rows = _number_of_rows(stages, images, titles)
+    if Path(path).suffix.lower() != ".png":
+        raise BadValue(f"the picture is a PNG file, got {path}; give a name that ends in .png")
 
     widths = [_INCHES_OF_IMAGE] + [_INCHES_A_NODE * alpha.shape[1] for alpha in stages.values()]
     figure = Figure(figsize=(sum(widths), _INCHES_A_ROW * rows), layout="constrained")

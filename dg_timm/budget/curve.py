@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def measure_budgets(
             1; the budgets take turns. 0 measures no time.
 
     Raises:
-        BadValue: if the network has no gates, or there is no image.
+        BadValue: if the network has no gates, there is no budget or no image, or a budget is out of range.
 
     >>> import dg_timm, timm, torch
     >>> model = timm.create_model("dg_resnet18", gates=True).eval()
@@ -96,6 +97,8 @@ def measure_budgets(
     (0.0, None)
     """
     _require_gates(model)
+    if not budgets or not all(0 <= budget <= 1 for budget in budgets):
+        raise BadValue(f"budgets must be numbers between 0 and 1, got {list(budgets)}")
     points = []
     for budget in budgets:
         costs, right, counted = [], [], None
@@ -197,7 +200,7 @@ def _curve(model: nn.Module) -> list[BudgetPoint]:
 
 
 def _number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
         raise BadType(f"{name} must be a number or None, got {value!r}")
     return float(value)
 

@@ -9,6 +9,7 @@ as well, though it is not listed.
 """
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,11 @@ def find_names(patterns: Sequence[str], static: bool) -> list[str]:
     found = [name for name in timm.list_models(wanted) if name in known]
     if not found:
         listed = "timm" if static else "the zoo (--static lists timm's models)"
-        raise BadValue(f"no model of {listed} matches {' '.join(patterns)}")
+        words = [text.strip("*?").removeprefix("dg_") for text in patterns]
+        bare = {name.removeprefix("dg_"): name for name in sorted(known)}
+        near = [bare[key] for word in words for key in difflib.get_close_matches(word, bare, n=3, cutoff=0.5)]
+        hint = f"; the nearest: {', '.join(near)}" if near else ""
+        raise BadValue(f"no model of {listed} matches {' '.join(patterns)}{hint}")
     return found
 
 

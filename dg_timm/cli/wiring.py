@@ -25,6 +25,7 @@ from dg_timm.cli.errors import cli_errors
 from dg_timm.cli.loading import class_names, load_network
 from dg_timm.cli.pictures import Bad, Pictures, find_pictures
 from dg_timm.graph.stage import graph_stages
+from dg_timm.training.run.option_types import positive_int
 
 MOST_PICTURES = 20
 
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("wiring.png"), help="PNG file for the picture")
     parser.add_argument("--checkpoint", help="weights in place of the published ones; by default those")
-    parser.add_argument("--image-size", type=int, help="height and width in pixels; by default the network's")
+    parser.add_argument("--image-size", type=positive_int, help="height and width in pixels; by default the network's")
     parser.add_argument("--json", action="store_true", help="print what each picture runs as JSON lines")
     return parser.parse_args(argv)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ CERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": lambda logits: _margin(logits.float().softmax(1)),
     "entropy": lambda logits: -torch.special.entr(logits.float().softmax(1)).sum(1),
 }
+
+_HIGHEST = {"probability": 1, "margin": 1, "entropy": 0}
 
 
 def _margin(probabilities: Tensor) -> Tensor:
@@ -58,15 +61,17 @@ def set_cascade(
 ) -> None:
     """Run every image at the first budget, and again at the next one while the network is unsure of it.
 
-    It works in every execution, in eval mode; in training, and while a program is recorded, one pass runs. The setting
-    is saved in config.json.
+    It works in every execution, in eval mode, in calls of the model itself; in training, of ``forward_features`` and
+    while adjacency is recorded, one pass runs, at the first budget. Hooks of the model see the first pass. The
+    setting is saved in config.json.
 
     Args:
         model: a classifier with gates.
         budgets: of the gates (:attr:`dg_timm.graph.gate.Gate.budget`), ascending; None as the last one opens every
             gate. None in place of a list ends the cascade.
-        threshold: of the certainty.
-        certainty: ``probability`` of the best class, its ``margin`` over the second, or (negative) ``entropy``.
+        threshold: of the certainty, in its range.
+        certainty: ``probability`` of the best class (0..1), its ``margin`` over the second (0..1), or (negative)
+            ``entropy`` in nats (at most 0).
 
     Raises:
         BadType: if a budget or the threshold is no number.
@@ -87,15 +92,14 @@ def set_cascade(
     if not getattr(model, "num_classes", 0):
         raise BadValue("a cascade asks how sure a classifier is, and this model gives no logits")
     chosen = _check_budgets(budgets)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
         raise BadType(f"threshold must be a number, got {threshold!r}")
     if certainty not in CERTAINTIES:
         raise BadValue(f"certainty must be one of {', '.join(CERTAINTIES)}, got {certainty!r}")
-    if threshold != threshold:
-        raise BadValue("threshold must be a number, got NaN")
-    if certainty == "entropy" and threshold > 0:
+    if not threshold <= _HIGHEST[certainty]:
         raise BadValue(
-            f"the certainty by entropy is at most 0, so threshold {threshold:g} is never reached; give e.g. -0.5"
+            f"the certainty by {certainty} is at most {_HIGHEST[certainty]}, so threshold {threshold:g} is never "
+            f"reached; give e.g. {_HIGHEST[certainty] - 0.5:g}"
         )
     _install(model, Cascade(chosen, float(threshold), certainty))
 
@@ -106,7 +110,7 @@ def _check_budgets(budgets: Sequence[float | None]) -> tuple[float | None, ...]:
     for k, budget in enumerate(budgets):
         if budget is None and k == len(budgets) - 1:
             continue
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.floating)):
             raise BadType(f"budgets must be numbers (the last one may be None), got {budget!r}")
         if not 0 <= budget <= 1:
             raise BadValue(f"budgets lie between 0 and 1, got {budget:g}")

@@ -29,6 +29,8 @@ class ScriptableStage(DGStage):
         """Make a scriptable stage that shares every module and setting with ``stage``."""
         if stage.execution == "sparse":
             raise BadState("sparse execution can't be scripted; dg_timm.set_execution(model, 'dense') first")
+        if stage.cascade is not None:
+            raise BadState("a cascade can't be scripted; dg_timm.set_cascade(model, None) first")
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         # torch binds load hooks to their module, so this one registers its own
@@ -39,7 +41,7 @@ class ScriptableStage(DGStage):
         return made
 
     def __prepare_scriptable__(self) -> "ScriptableStage":
-        return self if self.execution != "sparse" else ScriptableStage.of(self)
+        return self if self.execution != "sparse" and self.cascade is None else ScriptableStage.of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`DGStage.forward`; compiled, in dense or fixed execution."""

@@ -84,6 +84,9 @@ def test_what_can_not_be_set_changes_nothing():
         dg_timm.set_budget(timm.create_model("dg_resnet18"), 0.5)
     with pytest.raises(dg_timm.UserError, match="no images"):
         dg_timm.measure_budgets(model, [], [1.0])
+    for budgets in ([], [1.5], [float("nan")]):
+        with pytest.raises(dg_timm.UserError, match="must be numbers between 0 and 1"):
+            dg_timm.measure_budgets(model, [], budgets)
 
 
 def test_a_saved_network_keeps_its_curve(tmp_path):

@@ -173,3 +173,27 @@ def test_doctor_finds_this_environment_sound(capsys):
     assert found["torch"]["state"] == "ok"
     assert found["models"]["found"].endswith("dg_* models registered with timm")
     assert found["Hub"]["state"] == "absent"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", SHIPPED, "PICTURE", "--image-size", "-3"], "--image-size"),
+        (["show", SHIPPED, "PICTURE", "--output", "w.txt"], "the picture is a PNG file, got w.txt; give a name that"),
+        (["show", SHIPPED, "PICTURE", "--output", "PICTURE/w.png"], "is a file, not a folder"),
+        (["predict", SHIPPED, "PICTURE", "--output", "PICTURE/rows.csv"], "is a file, not a folder"),
+        (["card", SHIPPED, "--output", "pictures"], "pictures is a folder; give the name of a file"),
+        (["predict", "output/trian/model", "PICTURE"], "there is no folder output/trian/model; for a model of the Hub"),
+        (["card", "./nosuch"], "there is no folder ./nosuch"),
+        (["list", "resnt*"], "matches resnt*; the nearest: dg_resnet"),
+    ],
+)
+def test_a_slip_is_one_line_that_names_the_fix(pictures, capsys, words, message):
+    try:
+        status = main([word.replace("PICTURE", str(pictures / "0.jpg")) for word in words])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed

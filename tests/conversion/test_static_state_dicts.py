@@ -210,7 +210,7 @@ def test_a_stage_of_another_architecture_changes_nothing(strict):
     parent = nn.Sequential(dynamic.layer1)
     given = nn.Sequential(made("cifar_resnet26").layer1).state_dict()
     before = state_of(dynamic)
-    with pytest.raises(UserError, match="is of another architecture than .*, which the model has not"):
+    with pytest.raises(UserError, match=r"is of another architecture than .*, which the model has not"):
         parent.load_state_dict(given, strict=strict)
     assert_unchanged(dynamic, before)
 

@@ -58,7 +58,7 @@ def test_its_cost_is_that_of_both_passes():
 
 def test_three_passes_and_every_gate_open():
     model, images, *_ = network()
-    dg_timm.set_cascade(model, (0.0, 1.0, None), threshold=2.0)  # nobody is ever sure
+    dg_timm.set_cascade(model, (0.0, 1.0, None), threshold=1.0)  # nobody is ever sure
     with torch.no_grad():
         torch.testing.assert_close(model(images), at(model, images, None))
     assert dg_timm.cost(model, images).min() > dg_timm.cost(copy.deepcopy(model), images).min() - 1e-9
@@ -78,6 +78,8 @@ def test_it_can_not_be_exported():
     dg_timm.set_cascade(model, BUDGETS)
     with pytest.raises(Exception, match="set_cascade\\(model, None\\) first"):
         torch.export.export(model, (images,), strict=False)
+    with pytest.raises(dg_timm.UserError, match=r"a cascade can't be scripted; .*set_cascade\(model, None\) first"):
+        torch.jit.script(model)
 
 
 def test_it_is_saved_copied_and_ended_by_a_budget(tmp_path):
@@ -107,7 +109,9 @@ def test_it_is_saved_copied_and_ended_by_a_budget(tmp_path):
         ((0.5, 1.5), {}, "lie between 0 and 1, got 1.5"),
         ((None, 0.5), {}, "budgets must be numbers"),
         (BUDGETS, dict(threshold="high"), "threshold must be a number, got 'high'"),
-        (BUDGETS, dict(threshold=float("nan")), "NaN"),
+        (BUDGETS, dict(threshold=float("nan")), "threshold nan is never reached"),
+        (BUDGETS, dict(threshold=1.5), "by probability is at most 1, so threshold 1.5 is never reached; give e.g. 0.5"),
+        (BUDGETS, dict(certainty="entropy"), "by entropy is at most 0, so threshold 0.9 is never reached"),
         (BUDGETS, dict(certainty="luck"), "certainty must be one of probability, margin, entropy"),
     ],
 )

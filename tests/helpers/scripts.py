@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.helpers import preloaded
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "train_scripts"
 
@@ -41,13 +43,18 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; ``returncode``, ``stdout`` and ``stderr`` tell what came of it.
 
+    A single process is forked from one that has imported everything, where that makes no difference.
+
     Args:
         script: as in :func:`command`; so are ``args`` and ``processes``.
         timeout: seconds until the script is killed and the test fails.
         env: variables on top of those of this process.
         cwd: folder in which it runs; by default that of this process.
     """
-    return execute(command(script, *args, processes=processes), timeout=timeout, env=env, cwd=cwd)
+    words = command(script, *args, processes=processes)
+    if processes == 1 and preloaded.is_possible(one_thread(env)):
+        return preloaded.run_script(words[1:], cwd, timeout)
+    return execute(words, timeout=timeout, env=env, cwd=cwd)
 
 
 def python(

@@ -9,7 +9,7 @@ from tests.helpers.scripts import rows, run
 from tests.helpers.training import FINISHED, PLAIN, train, validate
 
 
-def test_two_processes_give_the_loss_curve_of_one_and_the_same_evaluation(tmp_path, finished):
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, finished):
     output, _ = finished
     process = train(*FINISHED, "--output", tmp_path / "two", processes=2)
     assert process.returncode == 0, process.stderr
@@ -18,6 +18,11 @@ def test_two_processes_give_the_loss_curve_of_one_and_the_same_evaluation(tmp_pa
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
         assert two["lr"] == one["lr"]
         assert two["top1"] == one["top1"]
+
+
+@pytest.mark.slow
+def test_several_processes_evaluate_as_one(tmp_path, finished):
+    output, _ = finished
     # train.py's own evaluation, of weights that stay as they are
     still = (*PLAIN, "--lr", "0", "--train-limit", 32, "--epochs", 1)
     own = []
@@ -40,6 +45,7 @@ def test_two_processes_give_the_loss_curve_of_one_and_the_same_evaluation(tmp_pa
     assert lines[0] == lines[1] == lines[2]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(tmp_path, finished):
     output, _ = finished
     train_shards, val_shards = shards(tmp_path / "train", count=3, rows=21), shards(tmp_path / "val", count=3, rows=11)

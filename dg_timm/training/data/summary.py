@@ -31,16 +31,17 @@ def _rows(split: Split) -> str:
     return "a stream of images" if split.size is None else f"{split.size} images"
 
 
-def draw_samples(split: Split, label_names: list[str], file: Path) -> None:
-    """Save a picture of samples from all over a split, each with the name of its class.
+def draw_samples(split: Split, label_names: list[str], file: Path) -> int:
+    """Save a picture of at most 16 samples from all over a split, each with the name of its class; count them.
 
     Raises:
         BadValue: the picture can't be written.
     """
-    rows = -(-_SAMPLES // _COLUMNS)
+    samples = _samples(split)
+    rows = -(-len(samples) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + _CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, example in enumerate(_samples(split)):
+    for k, example in enumerate(samples):
         x, y = k % _COLUMNS * _TILE, k // _COLUMNS * (_TILE + _CAPTION)
         try:
             image = decode_image(example["image"], "RGB")
@@ -58,6 +59,7 @@ def draw_samples(split: Split, label_names: list[str], file: Path) -> None:
             sheet.save(temporary)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
         raise BadValue(f"the picture {file} can't be written: {error}") from error
+    return len(samples)
 
 
 def _samples(split: Split) -> list[dict[str, Any]]:

@@ -77,6 +77,8 @@ def _resolve(name: str) -> tuple[str, bool]:
     if not timm.is_model(name):
         if path.exists():
             raise BadValue(f"{name} has no config.json; give a checkpoint's folder (checkpoints/last, model)")
+        if "/" in name or name.startswith((".", "~")):  # no model of timm is called so
+            raise BadValue(f"there is no folder {name}; for a model of the Hub give hf-hub:{name.lstrip('./~')}")
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.0)
         raise BadValue(f"{name} is not a timm or dg_timm model; do you mean {', '.join(near)}?")
     return name, False

@@ -60,8 +60,8 @@ def summarize_data(args: argparse.Namespace) -> None:
     """
     splits = load_data(args)
     print(describe_data(splits, args.data))
-    draw_samples(splits.train, splits.label_names, Path(args.data_summary))
-    print(f"{args.data_summary} shows 16 of them")
+    shown = draw_samples(splits.train, splits.label_names, Path(args.data_summary))
+    print(f"{args.data_summary} shows {shown} of them")
 
 
 def _count_data(args: argparse.Namespace) -> tuple[int, int, str]:
