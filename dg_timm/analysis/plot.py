@@ -63,7 +63,6 @@ def draw_wiring(
     rows = _number_of_rows(stages, images, titles)
     if Path(path).suffix.lower() != ".png":
         raise BadValue(f"the picture is a PNG file, got {path}; give a name that ends in .png")
-
     widths = [_INCHES_OF_IMAGE] + [_INCHES_A_NODE * alpha.shape[1] for alpha in stages.values()]
     figure = Figure(figsize=(sum(widths), _INCHES_A_ROW * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dg_timm._errors import BadValue
+from dg_timm._errors import BadType, BadValue
 from dg_timm.analysis.recorder import skipped_nodes
 from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import require_dynamic
@@ -25,6 +26,7 @@ def to_fixed(model: nn.Module, batches: Iterable[Tensor] | Tensor, share: float 
         share: of the images that have to run a block for it to stay, 0..1.
 
     Raises:
+        BadType: if the share is no number.
         BadValue: if the network has no gates, there is no image, or the share is out of range.
 
     >>> import dg_timm, timm, torch
@@ -34,9 +36,20 @@ def to_fixed(model: nn.Module, batches: Iterable[Tensor] | Tensor, share: float 
     >>> torch.equal(plain.eval()(images), model.eval()(images))
     True
     """
+    rare = rarely_run(model, batches, share)
+    plain = copy.deepcopy(model)
+    leave_out(plain, rare)
+    return plain
+
+
+@torch.no_grad()
+def rarely_run(model: nn.Module, batches: Iterable[Tensor] | Tensor, share: float = 0.5) -> dict[str, list[int]]:
+    """Find the blocks that less than a share of the images run, by stage: nodes, from 1; see :func:`to_fixed`."""
     require_dynamic(model)
     if not gates(model):
         raise BadValue("this network has no gates: there is nothing to fix")
+    if isinstance(share, bool) or not isinstance(share, (int, float, np.floating)):
+        raise BadType(f"share must be a number, got {share!r}")
     if not 0 <= share <= 1:
         raise BadValue(f"share must lie between 0 and 1, got {share:g}")
     skipped: dict[str, Tensor] = {}
@@ -48,9 +61,7 @@ def to_fixed(model: nn.Module, batches: Iterable[Tensor] | Tensor, share: float 
     if images == 0:
         raise BadValue("no images: give at least one batch (batch, channels, height, width)")
     chosen = {name: (1 - of_stage / images < share).nonzero().flatten().tolist() for name, of_stage in skipped.items()}
-    plain = copy.deepcopy(model)
-    leave_out(plain, {name: nodes for name, nodes in chosen.items() if nodes})
-    return plain
+    return {name: nodes for name, nodes in chosen.items() if nodes}
 
 
 def leave_out(model: nn.Module, skipped: dict[str, list[int]]) -> None:

@@ -54,6 +54,7 @@ class Request:
         gates: how gates are drawn, while a cost is learned.
         sets_budget: whether ``budget`` stands in for that of the gates.
         budget: as in :class:`dg_timm.graph.gate.Gate`.
+        by_image: whether routers and gates give an image the same bits in any batch, for inference; a little slower.
     """
 
     execution: str | None = None
@@ -62,6 +63,7 @@ class Request:
     gates: GateSampling | None = None
     sets_budget: bool = False
     budget: float | None = None
+    by_image: bool = False
 
 
 _NOTHING = Request()

@@ -10,7 +10,7 @@ what the threshold is compared with. The adjacency matrix has sources as rows; t
 from typing import List, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Width of the sigmoid that stands in for the step of Eq. 5 in the threshold's gradient. The edge weights of a fresh
 # network lie between 1 / in-degree and 1, so 0.1 reaches every edge without flattening the step.
@@ -30,16 +30,42 @@ def global_average_pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def raw_weights(logits: Tensor, scale: Optional[Tensor]) -> Tensor:
+def apply_linear(layer: nn.Module, pooled: Tensor, by_image: bool) -> Tensor:
+    """Call a router's or gate's fully-connected layer: (batch, channels) -> (batch, out).
+
+    Args:
+        layer: whatever stands in its place; a tool may have put an adapter there.
+        pooled: (batch, channels).
+        by_image: give an image the same bits in any batch, where it is a plain ``nn.Linear``: matrix products take
+            another algorithm for another number of images.
+    """
+    if not by_image or type(layer) is not nn.Linear:
+        return layer(pooled)
+    images, weight = len(pooled), layer.weight.t()
+    rows = torch.baddbmm(layer.bias.expand(images, 1, -1), pooled.unsqueeze(1), weight.expand(images, -1, -1))
+    return rows.squeeze(1)
+
+
+def raw_weights(logits: Tensor, scale: Optional[Tensor], by_image: bool = False) -> Tensor:
     """Turn logits (batch, edges) into weights that no threshold has cut (Eq. 4).
 
-    ``scale`` (edges,) is one learned factor an edge; None gives the paper's plain sigmoid.
+    Args:
+        logits: (batch, edges).
+        scale: (edges,), one learned factor an edge; None gives the paper's plain sigmoid.
+        by_image: give an image the same bits in any batch, without a useful gradient. ``torch.sigmoid`` of torch 2.14.1
+            rounds the last numbers of a tensor otherwise than the others; ``torch.exp`` does not.
     """
-    weight = torch.sigmoid(logits)
+    weight = torch.reciprocal(1 + torch.exp(-logits)) if by_image else torch.sigmoid(logits)
     return weight if scale is None else weight * scale
 
 
-def edge_weights(logits: Tensor, scale: Optional[Tensor], threshold: Tensor, active: Optional[Tensor]) -> Tensor:
+def edge_weights(
+    logits: Tensor,
+    scale: Optional[Tensor],
+    threshold: Tensor,
+    active: Optional[Tensor],
+    by_image: bool = False,
+) -> Tensor:
     """Weigh the edges that leave one node (Eqs. 4 and 5).
 
     Args:
@@ -47,11 +73,12 @@ def edge_weights(logits: Tensor, scale: Optional[Tensor], threshold: Tensor, act
         scale: (edges,), one learned factor an edge; None for the paper's plain sigmoid.
         threshold: (1,), tau of this node; an edge with ``|weight| < tau`` is closed.
         active: (batch, 1) bool, False where every edge into this node is closed; None for node 0.
+        by_image: as in :func:`raw_weights`.
 
     Returns:
         (batch, edges). A closed edge is exactly 0, and so is every edge that leaves a removed node.
     """
-    weight = apply_threshold(raw_weights(logits, scale), threshold)
+    weight = apply_threshold(raw_weights(logits, scale, by_image), threshold)
     if active is None:
         return weight
     hard = torch.where(active, weight, 0.0)

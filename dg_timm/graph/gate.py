@@ -60,7 +60,10 @@ class Gate(nn.Module):
         Returns:
             (batch, 1), float32 or float64.
         """
-        logit = self.fc(pooled)
+        if torch.jit.is_scripting():  # noqa: SIM108  (of a ternary, TorchScript compiles both sides)
+            logit = self.fc(pooled)
+        else:
+            logit = edges.apply_linear(self.fc, pooled, request().by_image)
         if logit.dtype != torch.float64:
             logit = logit.float()
         if budgets is not None:

@@ -82,11 +82,16 @@ class Router(nn.Module):
         Returns:
             (batch, edges), in the order of ``targets``; a closed edge is exactly 0.
         """
-        return edges.edge_weights(self.compute_logits(pooled), self.scale, self.effective_threshold(), active)
+        logits, by_image = self.compute_logits(pooled), False
+        if not torch.jit.is_scripting():
+            by_image = request().by_image
+        return edges.edge_weights(logits, self.scale, self.effective_threshold(), active, by_image)
 
     def compute_logits(self, pooled: Tensor) -> Tensor:
         """What the sigmoid takes: (batch, channels) -> (batch, edges)."""
         if hasattr(self, "fc"):  # TorchScript resolves it
+            if not torch.jit.is_scripting():
+                return edges.apply_linear(self.fc, pooled, request().by_image)
             return self.fc(pooled)
         else:
             return self.logits.expand(pooled.shape[0], -1)

@@ -204,8 +204,10 @@ class DGStage(nn.Module):
         names = (*self.entry_names, *self.block_names)[index]
         return self.get_submodule(names) if isinstance(names, str) else [self.get_submodule(name) for name in names]
 
-    def __setitem__(self, index: int, block: nn.Module) -> None:
+    def __setitem__(self, index: int | slice, block: nn.Module) -> None:
         """Put another block in the place of one (``model.layer4[-1] = Adapter(...)``); it must keep the shape."""
+        if isinstance(index, slice):
+            raise BadType("blocks are replaced one at a time; give a position, not a slice")
         name = (*self.entry_names, *self.block_names)[index]
         if not isinstance(block, nn.Module):
             raise BadType(f"a block must be a module, got {type(block).__name__}")

@@ -129,7 +129,7 @@ def test_an_evaluation_that_is_stopped_says_so(finished, capsys, tmp_path):
 
 WAYS = [
     ("--mixed-precision", "bf16", "--channels-last"),
-    ("--detector", "fcos", "--fpn-channels", 64, "--grad-checkpointing"),
+    pytest.param(("--detector", "fcos", "--fpn-channels", 64, "--grad-checkpointing"), marks=pytest.mark.slow),
     pytest.param(("--compile", "--ema-decay", 0.5), marks=pytest.mark.slow),
 ]
 

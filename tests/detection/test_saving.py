@@ -17,7 +17,7 @@ from tests.helpers.detection import SMALL, images_of, make_detector, save_classi
 from tests.helpers.networks import randomize_graph
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv2_050"])
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("mobilenetv2_050", marks=pytest.mark.slow)])
 def test_a_trained_static_detector_becomes_dynamic_without_changing_a_detection(backbone, pages, tmp_path):
     file = save_classifier(backbone, tmp_path)
     static = make_detector("faster_rcnn", backbone, initial_checkpoint=file, seed=3).eval()

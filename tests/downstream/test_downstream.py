@@ -199,7 +199,7 @@ def test_effdet():
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("dg_resnet18", "dg_regnety_002") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+    "name", [n if n == "dg_resnet18" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
 def test_onnx_runtime(name, tmp_path):
     """Any batch; closed edges close there, too. The exporter takes the whole graph, routers and thresholds included."""

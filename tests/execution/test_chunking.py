@@ -12,6 +12,7 @@ from torch import nn
 import dg_timm
 from dg_timm.execution import chunking, operators
 from dg_timm.graph.context import requesting
+from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import graph_stages
 from tests.helpers.maps import LAYOUTS
 from tests.helpers.networks import randomize_graph, static_and_dynamic
@@ -61,6 +62,24 @@ def test_chunks_of_a_batch_predict_what_the_batch_does_to_the_bit(name, layout):
         with operators.using_backend("reference"):
             wanted = model(x)
         torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [7, 8, 16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_trained_network_is_chunked_to_the_bit(batch, gated):
+    """Its routers' products and sigmoids would round otherwise for another number of images."""
+    model = randomize_graph(timm.create_model("dg_resnet18", gates=gated)).eval()
+    for gate in gates(model).values():
+        nn.init.normal_(gate.fc.weight, std=3.0)
+    x, calls = torch.randn(batch, 3, 64, 64), count_images(model)
+    with torch.no_grad():
+        wanted = model(x)
+        model(x)
+        calls.clear()
+        assert torch.equal(model(x), wanted)
+        assert len(calls) > 1
+        with operators.using_backend("reference"):
+            torch.testing.assert_close(wanted, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_call_of_a_shape_costs_nothing_and_the_second_finds_out():

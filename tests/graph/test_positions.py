@@ -83,6 +83,8 @@ def test_the_block_that_projects_cannot_be_replaced_by_one_that_does_not():
         before = stage(x)
         with pytest.raises(TypeError, match=r"block '0' of this stage projects .*which a Adapter does not do"):
             stage[0] = Adapter(stage[0], 8)
+        with pytest.raises(TypeError, match="blocks are replaced one at a time"):
+            stage[:1] = [nn.Identity()]
         with pytest.raises(TypeError, match="a block must be a module, got NoneType"):
             stage[1] = None
         with pytest.raises(IndexError):
