@@ -26,7 +26,7 @@ from dg_timm.detection.run.saved import evaluate_saved
 from dg_timm.detection.run.task import build_detection_task
 from dg_timm.training.loop.distributed import InterruptFlag
 from dg_timm.training.loop.optimization import split_batch
-from dg_timm.training.run import run_options, training_options
+from dg_timm.training.run import data_options, run_options, training_options
 from dg_timm.training.run.lifecycle import RUN_FILES, run_command, run_training
 from dg_timm.training.run.recipes import FREE_OPTIONS, parse_with_recipe
 
@@ -57,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Train, evaluate or plan as the command line says; the exit status."""
     args = parse()
+    data_options.require_data(args)
 
     def work(accelerator: Accelerator, stop: InterruptFlag) -> None:
         if args.evaluate is not None:

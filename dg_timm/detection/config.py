@@ -16,7 +16,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        default="digits",
         help="data set: digits (pages of handwritten digits); a folder of images with COCO annotation files; or a "
         "data set of the Hub, of Parquet files, or saved by save_to_disk, with the columns image and objects",
     )

@@ -5,7 +5,7 @@ batch; nothing is padded to the densest image. Evaluation only: which edges are 
 there is nothing to differentiate, trace or export.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from dg_timm._errors import BadState
 from dg_timm.execution import operators
 from dg_timm.execution.sparse_states import State, start_state
 from dg_timm.graph.executor import Executor, FirstEdge
+from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -25,7 +26,7 @@ class Sparse(Executor):
     """Runs one batch through a stage, each block for the images that need it."""
 
     def __init__(self, stage: DGStage) -> None:
-        self.stage = stage
+        self.stage, self.own = stage, _compat.own_modules(stage)
         self.nodes = len(stage.edges)
         self.state: State | None = None
         self.decided = 0  # the last node whose gate was asked
@@ -63,7 +64,7 @@ class Sparse(Executor):
             self.state = start_state(feature, self.nodes, self.stage.gates)
         else:
             feature = operators.match_layout([feature], self.state.like)[0]
-        self.state.finish(node, feature, getattr(self.stage, f"router{node}"))
+        self.state.finish(node, feature, cast(Router, self.own[f"router{node}"]))
 
 
 class NoGradient(torch.autograd.Function):
@@ -81,21 +82,13 @@ class NoGradient(torch.autograd.Function):
 
 
 def refuse_batch_statistics(module: nn.Module) -> None:
-    """Raise BadState if a norm would average over the batch: it would see a part of it.
-
-    Every call of a stage looks for them, and ``modules()`` takes longer than a small block.
-    """
-    rest: list[nn.Module | None] = [module]
-    while rest:
-        found = rest.pop()
-        if isinstance(found, BATCH_NORMS):
-            if found.training or found.running_mean is None:
-                raise BadState(
-                    f"sparse execution runs a block for a part of the batch, and a {type(found).__name__} of this "
-                    f"stage would take its statistics: call model.eval(), or {_NEEDS_DENSE}"
-                )
-        elif found is not None:
-            rest.extend(_compat.own_modules(found).values())
+    """Raise BadState if a norm would average over the batch: it would see a part of it."""
+    for norm in _compat.find_modules(module, BATCH_NORMS):
+        if norm.training or norm.running_mean is None:
+            raise BadState(
+                f"sparse execution runs a block for a part of the batch, and a {type(norm).__name__} of this "
+                f"stage would take its statistics: call model.eval(), or {_NEEDS_DENSE}"
+            )
 
 
 def refuse_recording(x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What sparse execution knows of a batch while its nodes run: weights of edges, features, and who skips what."""
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -121,15 +121,17 @@ def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | N
         return None
     of_fc = _compat.own_parameters(fc)
     weight, bias, scale, threshold = of_fc.get("weight"), of_fc.get("bias"), own.get("scale"), own.get("threshold")
-    for tensor in (weight, bias, threshold):
-        if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.is_meta:
-            return None
-    assert weight is not None and bias is not None and threshold is not None  # noqa: PT018
+    if not (_is_plain(weight, dtype) and _is_plain(bias, dtype) and _is_plain(threshold, dtype)):
+        return None
     if (scale is None) == router.has_scale or not weight.is_contiguous():
         return None
     fixed = request().threshold
     fixed = router.fixed_threshold if fixed is None else fixed
     return RouterParameters(weight, bias, scale, threshold.item() if fixed is None else fixed, tuple(router.targets))
+
+
+def _is_plain(tensor: nn.Parameter | None, dtype: torch.dtype) -> TypeGuard[nn.Parameter]:
+    return type(tensor) is nn.Parameter and tensor.dtype == dtype and not tensor.is_meta
 
 
 def gate_parameters(gate: Gate, dtype: torch.dtype) -> GateParameters | None:
@@ -139,10 +141,8 @@ def gate_parameters(gate: Gate, dtype: torch.dtype) -> GateParameters | None:
         return None
     of_fc = _compat.own_parameters(fc)
     weight, bias, shift = of_fc.get("weight"), of_fc.get("bias"), _compat.own_parameters(gate).get("shift")
-    for tensor in (weight, bias, shift):
-        if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.is_meta:
-            return None
-    assert weight is not None and bias is not None and shift is not None  # noqa: PT018
+    if not (_is_plain(weight, dtype) and _is_plain(bias, dtype) and _is_plain(shift, dtype)):
+        return None
     budget = gate.effective_budget()
     if budget is None or not weight.is_contiguous():
         return None

@@ -40,6 +40,13 @@ def test_bad_options_are_refused_before_anything_is_written(options, error, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_data_have_to_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["detect.py", "--model", "dg_test_resnet", "--output", str(tmp_path / "run")])
+    assert cli.main() == 2
+    assert "--data is missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_split_of_crowds_has_nothing_to_find(tmp_path, capsys, monkeypatch):
     folder = Path(write_coco(tmp_path / "data"))
     whole = json.loads((folder / "instances_val.json").read_text(encoding="utf-8"))
@@ -70,7 +77,7 @@ def test_a_resumed_run_may_change_what_is_shown_and_nothing_of_another_is_replac
     """detect.py tells the loop which options and files are its own."""
     handed = {}
     monkeypatch.setattr(cli, "run_training", lambda *args, **options: handed.update(options))
-    monkeypatch.setattr("sys.argv", ["detect.py", "--pictures", "0"])
+    monkeypatch.setattr("sys.argv", ["detect.py", "--data", "digits", "--pictures", "0"])
     assert cli.main() == 0
     assert handed["free_options"] >= {"pictures", "picture_score", "evaluate", "execution", "resume", "output"}
     assert set(handed["files"]) >= {"args.yaml", "checkpoints", "predictions.json", "detections.png"}
