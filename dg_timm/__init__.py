@@ -12,6 +12,7 @@ from dg_timm.analysis.counting import Complexity, complexity, cost
 from dg_timm.analysis.plot import draw_wiring
 from dg_timm.analysis.recorder import adjacency, majority_topology, record_adjacency, skipped_nodes
 from dg_timm.budget.calibration import calibrate, threshold_curve
+from dg_timm.budget.choice import BudgetChoice, choose_cascade
 from dg_timm.budget.curve import BudgetPoint, budget_curve, keep_curve, measure_budgets, set_budget
 from dg_timm.budget.fixed import to_fixed
 from dg_timm.budget.norms import refit_norms
@@ -25,6 +26,7 @@ from dg_timm.hub.save import save_pretrained
 
 __all__ = [
     "Accuracy",
+    "BudgetChoice",
     "BudgetPoint",
     "Card",
     "Complexity",
@@ -33,6 +35,7 @@ __all__ = [
     "adjacency",
     "budget_curve",
     "calibrate",
+    "choose_cascade",
     "complexity",
     "cost",
     "draw_wiring",

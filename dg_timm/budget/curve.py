@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,31 +97,52 @@ def measure_budgets(
     >>> point.spread, point.top1
     (0.0, None)
     """
-    _require_gates(model)
+    require_gates(model)
     if not budgets or not all(0 <= budget <= 1 for budget in budgets):
         raise BadValue(f"budgets must be numbers between 0 and 1, got {list(budgets)}")
     points = []
     for budget in budgets:
-        costs, right, counted = [], [], None
-        with evaluating(model), requesting(execution="dense", sets_budget=True, budget=budget):
-            for images, labels in batches:
-                counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
-                with recording(model) as recorder:
-                    logits = model(images)
-                opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
-                costs.append(counted.relative(opened).cpu())
-                if labels is not None:
-                    right.append((logits.argmax(1) == labels).double().cpu())
-        if not costs:
-            raise BadValue("no images: give batches that can be read more than once")
-        every = torch.cat(costs)
-        top1 = 100 * torch.cat(right).mean().item() if right else None
-        points.append(BudgetPoint(float(budget), every.mean().item(), every.std(unbiased=False).item(), top1))
+        found = observe_budget(model, batches, budget)
+        top1 = 100 * found.right.double().mean().item() if len(found.right) else None
+        cost, spread = found.costs.mean().item(), found.costs.std(unbiased=False).item()
+        points.append(BudgetPoint(float(budget), cost, spread, top1))
     if timed_images:
         images = next(iter(batches))[0][:timed_images]
         for k, milliseconds in enumerate(_time_budgets(model, images, budgets)):
             points[k] = replace(points[k], milliseconds=milliseconds, where=describe_hardware())
     return points
+
+
+class Observed(NamedTuple):
+    """What a network does for some images at one budget.
+
+    Attributes:
+        costs: (images,), relative to the static network.
+        logits: (images, classes).
+        right: (images,) bool, whether the prediction is the label; empty without labels.
+    """
+
+    costs: Tensor
+    logits: Tensor
+    right: Tensor
+
+
+@torch.no_grad()
+def observe_budget(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Observed:
+    """Run a network with gates at a budget, in dense execution; raise BadValue if there is no image."""
+    costs, logits, right, counted = [], [], [torch.empty(0, dtype=torch.bool)], None
+    with evaluating(model), requesting(execution="dense", sets_budget=True, budget=budget):
+        for images, labels in batches:
+            counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
+            with recording(model) as recorder:
+                logits.append(model(images).cpu())
+            opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
+            costs.append(counted.relative(opened).cpu())
+            if labels is not None:
+                right.append(logits[-1].argmax(1) == labels.cpu())
+    if not costs:
+        raise BadValue("no images: give batches that can be read more than once")
+    return Observed(torch.cat(costs), torch.cat(logits), torch.cat(right))
 
 
 def _time_budgets(model: nn.Module, images: Tensor, budgets: Sequence[float]) -> list[float]:
@@ -157,7 +179,7 @@ def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: flo
     >>> model = timm.create_model("dg_resnet18", gates=True)
     >>> dg_timm.set_budget(model, None)  # every gate is open
     """
-    own = _require_gates(model)
+    own = require_gates(model)
     if cost is not None and milliseconds is not None:
         raise BadValue("give a cost or milliseconds, not both")
     budget: float | None = None
@@ -178,7 +200,8 @@ def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: flo
         gate.budget = budget
 
 
-def _require_gates(model: nn.Module) -> list:
+def require_gates(model: nn.Module) -> list:
+    """Give the gates of a network, or raise BadValue if it has none."""
     require_dynamic(model)
     found = list(gates(model).values())
     if not found:

@@ -4,6 +4,11 @@
     dg-timm calibrate output/train/model --data digits --target-cost 0.6
     dg-timm calibrate output/train/model --data digits --target-time 0.7 --time-batch 1 --plot curve.png
     dg-timm calibrate output/train/model --data digits --target-cost 0.6 --save output/at_0.6
+    dg-timm calibrate output/skip/model --data path/to/images --max-drop 0.2 --save output/cascade
+
+Of a network with gates, the curve has a point for each budget of its gates. ``--target-cost`` chooses the highest top-1
+at that mean cost, ``--max-drop`` the lowest cost that loses no more points: one budget for all images, or a cascade of
+two budgets. ``--save`` keeps the network with its curve and cascade. What follows is about all other networks.
 
 The curve has a point for each threshold (``dg_timm.set_threshold``), and one, *learned*, for the network's own. A point
 has top-1, the mean cost of an image, the standard deviation of the cost between images (0: all take the same path), and
@@ -30,11 +35,13 @@ from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm.cli.errors import cli_errors
+from dg_timm.cli.gate_budgets import DEFAULT_MAX_DROP, calibrate_gates
+from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.loop.csv_tables import write_csv
 from dg_timm.training.run import data_options, networks, operating_points
 from dg_timm.training.run.operating_points import Row
-from dg_timm.training.run.option_types import non_negative_float, positive_float, positive_int
+from dg_timm.training.run.option_types import fraction, non_negative_float, positive_float, positive_int
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +75,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-drop",
         type=non_negative_float,
-        default=2.0,
-        help="points of top-1 that --save may lose against the network as it is",
+        help="points of top-1 that --save may lose against the network as it is, by default 2; of a network with "
+        "gates, without --target-cost, choose the lowest cost that loses no more",
+    )
+    parser.add_argument(
+        "--budgets", type=fraction, nargs="+", help="budgets of gates; by default those that it was trained for"
     )
     parser.add_argument("--csv", type=Path, help="CSV file for the curve; by default none is written")
     parser.add_argument("--plot", type=Path, help="PNG file for a picture of the curve; by default none is drawn")
@@ -77,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
-    if args.save and args.target_cost is None and args.target_time is None:
+    if args.save and args.target_cost is None and args.target_time is None and args.max_drop is None:
         parser.error("--save keeps the network at a budget: give --target-cost or --target-time")
     if args.target_time is not None and not args.time_batch:
         parser.error("--target-time needs a --time-batch")
@@ -96,6 +106,12 @@ def calibrate_network(args: argparse.Namespace) -> None:
     model: Any = networks.create(args.model, pretrained=pretrained).eval()
     if not graph_stages(model):
         raise BadValue(f"{args.model} is static: it has no threshold to choose")
+    if gates(model):
+        args.refit_norms = 0
+        calibrate_gates(args, model, operating_points.load_batches(args, model)[0])
+        return
+    if args.budgets or (args.save and args.target_cost is None and args.target_time is None):
+        raise BadValue(f"{args.model} has no gates: give --target-cost or --target-time, and no --budgets")
     batches, refit = operating_points.load_batches(args, model)
     thresholds = args.thresholds or operating_points.thresholds_of(model, batches[0].images, args.points)
     models = operating_points.at_thresholds(model, thresholds, refit)
@@ -111,7 +127,7 @@ def calibrate_network(args: argparse.Namespace) -> None:
     print(json.dumps(best))
     if args.save:
         lost = rows[0]["top1"] - best["top1"]
-        if lost > args.max_drop:
+        if lost > (DEFAULT_MAX_DROP if args.max_drop is None else args.max_drop):
             raise BadValue(
                 f"the network at this budget loses {lost:.2f} points of top-1, and was not saved; allow it with "
                 f"--max-drop {math.ceil(lost)}, or train for the budget (train --target-cost)"

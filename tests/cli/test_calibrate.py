@@ -6,9 +6,12 @@ import pytest
 import timm
 import torch
 
+import dg_timm
+from dg_timm.execution.cascade import cascade_of
 from dg_timm.graph.stage import routers
 from dg_timm.training.data.images import Batch
 from dg_timm.training.run import operating_points
+from tests.helpers.networks import gated_network
 from tests.helpers.scripts import rows, run
 
 
@@ -73,3 +76,30 @@ def test_a_budget_that_can_not_be_met_is_refused(more, message, tmp_path):
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_of_gates_a_budget_or_cascade_is_chosen_and_saved(tmp_path):
+    model, _ = gated_network()
+    dg_timm.save_pretrained(model.float(), tmp_path / "net")
+    common = ("calibrate.py", tmp_path / "net", "--data", "digits", "--image-size", 32, "--val-limit", 64)
+    done = run(*common, "--budgets", 0, 0.5, 1, "--max-drop", 5, "--csv", tmp_path / "curve.csv",
+               "--save", tmp_path / "kept")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    curve = rows(tmp_path / "curve.csv")
+    assert [row["budget"] for row in curve] == ["0.0", "0.5", "1.0"]
+    assert all(float(row["milliseconds"]) > 0 for row in curve)
+    chosen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert chosen["drop"] <= 5
+    assert chosen["cost"] <= float(curve[-1]["cost"])
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'kept'}", pretrained=True)
+    assert [point.budget for point in dg_timm.budget_curve(loaded)] == [0.0, 0.5, 1.0]
+    kept = cascade_of(loaded)
+    assert (None if kept is None else list(kept.budgets)) == (chosen["budgets"] if chosen["threshold"] else None)
+    for more, message in (
+        (("--target-cost", 0.01), "no budget costs 0.01 or less; the lowest costs"),
+        (("--target-time", 0.5), "--target-time is for thresholds"),
+        (("--thresholds", 0.5), "--thresholds is for thresholds"),
+    ):
+        refused = run(*common, *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr

@@ -132,3 +132,9 @@ def test_the_site_builds(tmp_path):
     shown = {name for name in dg_timm.__all__ if f'id="dg_timm.{name}"' in reference}
     assert shown == {name for name in dg_timm.__all__ if not inspect.ismodule(getattr(dg_timm, name))} - {"__version__"}
     assert ":func:" not in reference
+
+
+def test_the_reference_names_every_public_function():
+    page = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    public = {name for name in dg_timm.__all__ if not inspect.ismodule(getattr(dg_timm, name))} - {"__version__"}
+    assert set(re.findall(r"^::: dg_timm\.(\w+)$", page, flags=re.MULTILINE)) == public

@@ -1,0 +1,109 @@
+"""Choose budgets for images like some: one for all, or a cascade that asks the network how sure it is."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dg_timm._errors import BadValue
+from dg_timm.budget.curve import Observed, observe_budget, require_gates
+from dg_timm.execution.cascade import CERTAINTIES, set_cascade
+from dg_timm.graph.gate import gates
+
+_QUANTILES = 40  # thresholds that are tried for every pair of budgets
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """A setting of a network with gates, and what it did over the images that it was chosen on.
+
+    Attributes:
+        budgets: of the gates; one for all images, or two of a cascade.
+        threshold: of the certainty, below which an image goes on to the second budget; None without a cascade.
+        certainty: as in :func:`dg_timm.set_cascade`; None without a cascade.
+        cost: mean over the images, relative to the static network; that of both passes.
+        top1: percent of the images.
+    """
+
+    budgets: tuple[float, ...]
+    threshold: float | None
+    certainty: str | None
+    cost: float
+    top1: float
+
+
+def choose_cascade(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    budgets: Sequence[float],
+    *,
+    target_cost: float | None = None,
+    max_drop: float | None = None,
+) -> BudgetChoice:
+    """Choose one budget or a cascade of two by what they do over some images, and set it.
+
+    The images should be none that accuracy is reported for: what was chosen on them flatters itself.
+
+    Args:
+        model: a classifier with gates, in any execution.
+        batches: (images, labels), read once for each budget.
+        budgets: of the gates to choose from, 0..1.
+        target_cost: choose the highest top-1 at this mean cost or less, relative to the static network.
+        max_drop: choose the lowest cost that loses at most these points of top-1 against the highest of ``budgets``.
+
+    Raises:
+        BadValue: if the network has no gates, there is no image, not one of ``target_cost`` and ``max_drop`` is given,
+            or no choice costs so little. The model is then left as it was.
+
+    >>> import dg_timm, timm, torch
+    >>> model = timm.create_model("dg_resnet18", gates=True, num_classes=10).eval()
+    >>> batches = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
+    >>> dg_timm.choose_cascade(model, batches, [0.5, 1.0], max_drop=0.0).budgets  # every gate is open at both
+    (0.5,)
+    """
+    require_gates(model)
+    if (target_cost is None) == (max_drop is None):
+        raise BadValue("give either target_cost or max_drop")
+    if not budgets or not all(0 <= budget <= 1 for budget in budgets):
+        raise BadValue(f"budgets must be numbers between 0 and 1, got {list(budgets)}")
+    observed = {budget: observe_budget(model, batches, budget) for budget in sorted(set(map(float, budgets)))}
+    choices = [*_single(observed), *_cascades(observed)]
+    if target_cost is not None:
+        within = [choice for choice in choices if choice.cost <= target_cost]
+        if not within:
+            least = min(choice.cost for choice in choices)
+            raise BadValue(f"no budget costs {target_cost:g} or less; the lowest costs {least:.3f}")
+        best = max(within, key=lambda choice: (choice.top1, -choice.cost))
+    else:
+        assert max_drop is not None
+        whole = next(choice.top1 for choice in choices if choice.budgets == (max(observed),))
+        best = min((c for c in choices if c.top1 >= whole - max_drop - 1e-9), key=lambda choice: choice.cost)
+    if best.threshold is None or best.certainty is None:
+        set_cascade(model, None)
+        for gate in gates(model).values():
+            gate.budget = best.budgets[0]
+    else:
+        set_cascade(model, best.budgets, best.threshold, best.certainty)
+    return best
+
+
+def _single(observed: dict[float, Observed]) -> Iterator[BudgetChoice]:
+    for budget, of_budget in observed.items():
+        yield BudgetChoice((budget,), None, None, of_budget.costs.mean().item(), _percent(of_budget.right))
+
+
+def _cascades(observed: dict[float, Observed]) -> Iterator[BudgetChoice]:
+    for (low, first), (high, second) in itertools.combinations(observed.items(), 2):
+        for name, certainty in CERTAINTIES.items():
+            sure = certainty(first.logits)
+            for threshold in sure.quantile(torch.linspace(0, 1, _QUANTILES + 1)[1:].to(sure)).unique().tolist():
+                again = ~(sure >= threshold)
+                cost = (first.costs + second.costs * again).mean().item()
+                top1 = _percent(torch.where(again, second.right, first.right))
+                yield BudgetChoice((low, high), threshold, name, cost, top1)
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * right.double().mean().item()
