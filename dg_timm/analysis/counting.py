@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm._views import run_on_meta
-from dg_timm.analysis.recorder import record
-from dg_timm.execution.cascade import cascade_of
+from dg_timm.analysis.recorder import AdjacencyRecorder, record
 from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import DGStage, graph_stages
 
@@ -114,22 +113,15 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
     >>> dg_timm.cost(model, torch.randn(2, 3, 64, 64)).round(decimals=3)
     tensor([1.0010, 1.0010], dtype=torch.float64)
     """
-    first = record(model, images)
-    counted = count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
-    total = counted.relative(_opened(model, first.recorded))
-    cascade, logits = cascade_of(model), first.output
-    if cascade is None:
-        return total
-    some = torch.arange(len(images), device=images.device)
-    for budget in cascade.budgets[1:]:
-        unsure = cascade.unsure(logits)  # of the images that ran last
-        some = some[unsure]
-        if len(some) == 0:
-            break
-        with requesting(sets_budget=True, budget=budget):
-            again = record(model, images[some])
-        total[some] += counted.relative(_opened(model, again.recorded))
-        logits = again.output
+    recorder = record(model, images)
+    return recorded_cost(model, recorder, count_costs(model, (images.shape[1], images.shape[2], images.shape[3])))
+
+
+def recorded_cost(model: nn.Module, recorder: AdjacencyRecorder, counted: "Costs") -> Tensor:
+    """As :func:`cost`, for a forward pass that was recorded, all passes of a cascade together: (batch,) float64."""
+    total = counted.relative(_opened(model, recorder.recorded))
+    for images, again in recorder.later:
+        total[images] += counted.relative(_opened(model, again.recorded))
     return total
 
 

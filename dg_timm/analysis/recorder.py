@@ -28,6 +28,7 @@ class AdjacencyRecorder:
         skipped: {stage: (batch, N) bool}, of stages with gates.
         unspliced: as ``recorded``, with what routers gave for skipped nodes, too.
         output: what the model gave.
+        later: of a cascade, the passes after the first one: places of their images (k,), and a recorder of each.
     """
 
     output: Any = None
@@ -39,6 +40,12 @@ class AdjacencyRecorder:
         self.unspliced: dict[str, Tensor] = {}
         self._rows: dict[str, dict[int, tuple[Tensor, list[int]]]] = {}
         self._skipped: dict[str, dict[int, Tensor]] = {}
+        self.later: list[tuple[Tensor, AdjacencyRecorder]] = []
+
+    def begin_pass(self, images: Tensor) -> "AdjacencyRecorder":
+        """Give a recorder of a cascade's next pass."""
+        self.later.append((images, AdjacencyRecorder(self._names, self._row_of)))
+        return self.later[-1][1]
 
     def keep(self, stage: DGStage, node: int, router: Router, pooled: Tensor, row: Tensor) -> None:
         """Take the row of one node."""
@@ -82,7 +89,7 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Returns:
         ``{stage name: alpha}`` in the order in which the stages run; alpha is (batch, N, N), [source, target], strictly
         upper triangular, for N - 2 blocks. A closed edge is exactly 0; so is every edge of a removed or skipped node.
-        What a skipped node passes on is part of the edges past it.
+        What a skipped node passes on is part of the edges past it. Of a cascade, that of the first pass.
 
     Raises:
         BadType: if ``images`` is not a tensor.

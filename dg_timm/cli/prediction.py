@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue
-from dg_timm.analysis.counting import count_costs
-from dg_timm.analysis.recorder import adjacency, record_adjacency
+from dg_timm.analysis.counting import count_costs, recorded_cost
+from dg_timm.analysis.recorder import record, recording
 from dg_timm.cli.errors import cli_errors
 from dg_timm.cli.loading import class_names, load_network
 from dg_timm.cli.pictures import PictureBatch, Pictures, collate_pictures, find_pictures
@@ -92,10 +92,10 @@ class Predictor:
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None, float]:
         """Run the network: logits, cost of each image (None if it isn't counted), and seconds."""
-        recording = self.costs is not None and not self.sparse
-        guard: Any = record_adjacency(self.model) if recording else contextlib.nullcontext({})
+        is_recorded = self.costs is not None and not self.sparse
+        guard: Any = recording(self.model) if is_recorded else contextlib.nullcontext()
         start = time.perf_counter()
-        with guard as alphas:
+        with guard as recorder:
             logits = self.model(images)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -103,9 +103,8 @@ class Predictor:
         if self.costs is None:
             return logits, None, seconds
         if self.sparse:
-            alphas = adjacency(self.model, images)
-        opened = {name: (alpha != 0).double() for name, alpha in alphas.items()}
-        return logits, self.costs.relative(opened), seconds
+            recorder = record(self.model, images)
+        return logits, recorded_cost(self.model, recorder, self.costs), seconds
 
     @torch.inference_mode()
     def rows(self, files: Sequence[str], images: Tensor) -> list[Row]:

@@ -18,9 +18,9 @@ from timm.data import create_transform
 
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue
-from dg_timm.analysis.counting import relative_cost
+from dg_timm.analysis.counting import count_costs, recorded_cost
 from dg_timm.analysis.plot import draw_wiring
-from dg_timm.analysis.recorder import record_adjacency
+from dg_timm.analysis.recorder import recording
 from dg_timm.cli.errors import cli_errors
 from dg_timm.cli.loading import class_names, load_network
 from dg_timm.cli.pictures import Bad, Pictures, find_pictures
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadValue(f"{item.file} can't be read: {item.reason}")
         images.append(item[1])
     batch = torch.stack(images)
-    with torch.inference_mode(), record_adjacency(model) as alphas:
+    with torch.inference_mode(), recording(model) as recorder:
         found = model(batch).argmax(1).tolist()
-    costs = relative_cost(model, alphas, config["input_size"]).tolist()
+    alphas = recorder.recorded
+    costs = recorded_cost(model, recorder, count_costs(model, config["input_size"])).tolist()
     names = class_names(model)
     labels = [names[k] for k in found]
     titles = [f"{label.partition(',')[0]}\ncost {cost:.2f}" for label, cost in zip(labels, costs, strict=True)]

@@ -61,9 +61,9 @@ def set_cascade(
 ) -> None:
     """Run every image at the first budget, and again at the next one while the network is unsure of it.
 
-    It works in every execution, in eval mode, in calls of the model itself; in training, of ``forward_features`` and
-    while adjacency is recorded, one pass runs, at the first budget. Hooks of the model see the first pass. The
-    setting is saved in config.json.
+    It works in every execution, in eval mode, in calls of the model itself; in training and of ``forward_features`` one
+    pass runs, at the first budget, and :func:`dg_timm.adjacency` is that of the first pass. Hooks of the model see the
+    first pass. The setting is saved in config.json.
 
     Args:
         model: a classifier with gates.
@@ -141,7 +141,7 @@ def _install(model: nn.Module, cascade: Cascade | None) -> None:
 def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
     """A forward hook: the first pass has run, and gave ``logits``."""
     asked, cascade = request(), cascade_of(model)
-    if model.training or cascade is None or asked.recorder is not None or asked.sets_budget or logits.is_meta:
+    if model.training or cascade is None or asked.sets_budget or logits.is_meta:
         return None
     (images,) = (*args, *kwargs.values())
     if not operators.has_values(images):
@@ -149,12 +149,15 @@ def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logi
             "a cascade chooses what to run by the image and can't be traced, exported or transformed; "
             "dg_timm.set_cascade(model, None) first"
         )
+    if asked.recorder is not None:
+        asked.recorder.later.clear()  # of the forward pass before
     some = torch.arange(len(logits), device=logits.device)
     for budget in cascade.budgets[1:]:
         some = some[cascade.unsure(logits[some])]
         if len(some) == 0:
             break
-        with requesting(sets_budget=True, budget=budget):
+        recorder = None if asked.recorder is None else asked.recorder.begin_pass(some)
+        with requesting(sets_budget=True, budget=budget, recorder=recorder):
             again = model.forward(images[some])
         logits = logits.index_put((some,), again.to(logits.dtype))
     return logits

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dg_timm.analysis.counting import relative_cost
-from dg_timm.analysis.recorder import record_adjacency
+from dg_timm.analysis.counting import count_costs, recorded_cost
+from dg_timm.analysis.recorder import recording
 from dg_timm.training.data.images import Batch
 
 NUM_BINS = 10  # of difficulty
@@ -40,12 +40,13 @@ def observe_images(model: nn.Module, static: nn.Module, batches: Sequence[Batch]
     for batch in batches:
         counts = batch.sample_mask > 0
         images, labels = batch.images[counts], batch.labels[counts]
-        with record_adjacency(model) as alphas:
+        with recording(model) as recorder:
             logits = model(images)
+        alphas = recorder.recorded
         channels, height, width = images.shape[1:]
         upper = [alpha[:, torch.ones_like(alpha[0]).triu(1).bool()] for alpha in alphas.values()]
         losses = F.cross_entropy(static(images), labels, reduction="none")
-        cost = relative_cost(model, alphas, (channels, height, width))
+        cost = recorded_cost(model, recorder, count_costs(model, (channels, height, width)))
         found.append(ImageStats(labels, cost, logits.argmax(1) == labels, torch.cat(upper, 1), losses))
     return ImageStats(*map(torch.cat, zip(*found, strict=True)))
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 class Recorder(Protocol):
     """Takes what routers and gates give while a stage runs."""
 
+    later: list[tuple[Tensor, "Recorder"]]
+
+    def begin_pass(self, images: Tensor) -> "Recorder":
+        """Give a recorder of a cascade's next pass, of the images at these places (k,); ``later`` lists them."""
+
     def keep(self, stage: "DGStage", node: int, router: "Router", pooled: Tensor, row: Tensor) -> None:
         """Take one node's pooled feature (batch, channels) and the weights of its edges (batch, edges)."""
 

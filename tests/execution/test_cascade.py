@@ -7,6 +7,7 @@ import timm
 import torch
 
 import dg_timm
+from dg_timm.analysis.recorder import recording
 from dg_timm.execution.cascade import CERTAINTIES, cascade_of
 from dg_timm.graph.context import requesting
 from dg_timm.graph.gate import gates
@@ -64,11 +65,24 @@ def test_three_passes_and_every_gate_open():
     assert dg_timm.cost(model, images).min() > dg_timm.cost(copy.deepcopy(model), images).min() - 1e-9
 
 
-def test_training_and_questions_run_one_pass():
-    model, images, first, _, threshold = network()
+def test_who_looks_on_gets_the_same_answers_and_the_wiring_of_the_first_pass():
+    model, images, first, second, threshold = network()
+    with requesting(sets_budget=True, budget=BUDGETS[0]):
+        wiring = dg_timm.adjacency(model, images)
     dg_timm.set_cascade(model, BUDGETS, threshold)
-    with torch.no_grad(), dg_timm.record_adjacency(model):
-        torch.testing.assert_close(model(images), first)
+    unsure = CERTAINTIES["probability"](first) < threshold
+    with torch.no_grad(), recording(model) as recorder:
+        for _ in range(2):  # the passes of the last call count
+            torch.testing.assert_close(model(images), torch.where(unsure[:, None], second, first))
+    assert [places.tolist() for places, _ in recorder.later] == [unsure.nonzero().flatten().tolist()]
+    for name, alpha in dg_timm.adjacency(model, images).items():
+        assert torch.equal(alpha, wiring[name])
+        assert torch.equal(recorder.recorded[name], alpha)
+
+
+def test_training_runs_one_pass():
+    model, images, *_, threshold = network()
+    dg_timm.set_cascade(model, BUDGETS, threshold)
     model.train()
     model(images).sum().backward()
 

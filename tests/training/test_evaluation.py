@@ -10,6 +10,7 @@ from torch import nn
 
 import dg_timm
 from dg_timm._errors import BadValue
+from dg_timm.analysis.counting import count_costs
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.images import Batch, Collate, Images
 from dg_timm.training.data.loader import Loader
@@ -18,7 +19,8 @@ from dg_timm.training.data.sources import load_splits
 from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.loop.metrics import ClassificationMetrics
-from tests.helpers.networks import static_and_dynamic
+from dg_timm.training.run import operating_points
+from tests.helpers.networks import gated_network, static_and_dynamic
 
 
 def test_metrics_work_without_the_hub():
@@ -129,3 +131,24 @@ def test_statistics_of_a_graph_are_those_of_its_adjacency():
     assert len(row) == 2 * len(graph_stages(dynamic)) + 1
     assert row["cost"] == pytest.approx(dg_timm.cost(dynamic, images).mean().item(), abs=1e-5)
     assert graph_statistics(static, images) == {}
+
+
+@pytest.mark.parametrize("mark", [1.0, 0.0])
+def test_of_a_cascade_both_passes_count(mark):
+    model, images = gated_network()
+    dg_timm.set_cascade(model, (0.0, 1.0), threshold=0.5)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 10
+    ones = torch.ones(len(images))
+    ones[-1] = mark  # a row that only fills the batch
+    batch = Batch(images, labels, ones, torch.zeros(len(images), 2), [], [])
+    top1, costs = operating_points.predict(model, [batch])
+    counts = ones > 0
+    assert top1 == pytest.approx(100 * (1 - 1 / counts.sum().item()))
+    torch.testing.assert_close(costs, dg_timm.cost(model, images)[counts])
+    found = evaluate_model(
+        model, [batch], make_accelerator(mixed_precision="no"), costs=count_costs(model, (3, 32, 32))
+    )
+    assert found.top1 == pytest.approx(top1)
+    torch.testing.assert_close(found.costs.mean(), costs.mean())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadValue
 from dg_timm._modes import evaluating
-from dg_timm.analysis.counting import Costs, relative_cost
+from dg_timm.analysis.counting import Costs, recorded_cost, relative_cost
 from dg_timm.analysis.recorder import AdjacencyRecorder, adjacency, recording
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.images import Batch
@@ -80,7 +80,7 @@ def evaluate_model(
             with precision, recording(model) if costs is not None else nullcontext() as recorder:
                 logits = model(batch.images).float()
             rows = image_statistics(logits, batch)
-            kept.append(torch.cat([rows, _cost_columns(costs, recorder, rows)], dim=1)[batch.sample_mask > 0])
+            kept.append(torch.cat([rows, _cost_columns(model, costs, recorder, rows)], dim=1)[batch.sample_mask > 0])
     empty = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=accelerator.device)
     mine = torch.cat(kept) if kept else empty
     if accelerator.num_processes > 1:
@@ -94,14 +94,13 @@ def evaluate_model(
     return _summarize(mine.cpu())
 
 
-def _cost_columns(costs: Costs | None, recorder: AdjacencyRecorder | None, rows: Tensor) -> Tensor:
-    """The cost and the share of skipped blocks of every image: (batch, 2); nan without costs."""
+def _cost_columns(model: nn.Module, costs: Costs | None, recorder: AdjacencyRecorder | None, rows: Tensor) -> Tensor:
+    """The cost of every image and the share of blocks that its first pass skips: (batch, 2); nan without costs."""
     if costs is None or recorder is None:
         return rows.new_full((len(rows), 2), float("nan"))
-    opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
     blocks = [of_stage[:, 1:-1].double() for of_stage in recorder.skipped.values()]
     skipped = torch.cat(blocks, 1).mean(1) if blocks else torch.zeros_like(rows[:, 0])
-    return torch.stack([costs.relative(opened), skipped], dim=1)
+    return torch.stack([recorded_cost(model, recorder, costs), skipped], dim=1)
 
 
 def image_statistics(logits: Tensor, batch: Batch) -> Tensor:

@@ -15,8 +15,8 @@ import dg_timm
 from dg_timm._errors import BadValue
 from dg_timm._modes import evaluating
 from dg_timm._tables import markdown_table
-from dg_timm.analysis.counting import relative_cost
-from dg_timm.analysis.recorder import record_adjacency
+from dg_timm.analysis.counting import count_costs, recorded_cost
+from dg_timm.analysis.recorder import recording
 from dg_timm.budget.norms import refit_norms
 from dg_timm.graph.stage import graph_stages, routers
 from dg_timm.training.data.images import Batch
@@ -110,10 +110,11 @@ def predict(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, Tensor]:
         for batch in batches:
             counts = batch.sample_mask > 0
             if dynamic:
-                with record_adjacency(model) as alphas:
+                with recording(model) as recorder:
                     logits = model(batch.images)
                 channels, height, width = batch.images.shape[1:]
-                costs.append(relative_cost(model, alphas, (channels, height, width))[counts])
+                counted = count_costs(model, (channels, height, width))
+                costs.append(recorded_cost(model, recorder, counted)[counts])
             else:
                 logits = model(batch.images)
                 costs.append(torch.ones(int(counts.sum())))
