@@ -24,7 +24,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise BadValue(f"{target} can't be written: {error.filename} is a file, not a folder") from error
+        file = next(parent for parent in target.parents if parent.exists() and not parent.is_dir())
+        raise BadValue(f"{target} can't be written: {file} is a file, not a folder") from error
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield temporary

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import preloaded
 from tests.helpers.hub import USERS, WRITER
 from tests.helpers.loopback_hub import DiskRepositories, HubServer
 
@@ -32,6 +33,7 @@ os.environ |= {
     "no_proxy": "127.0.0.1,localhost",
 }
 os.environ.pop("HF_TOKEN", None)
+preloaded.take_environment()
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages, as they are imported; in tests, warnings are errors

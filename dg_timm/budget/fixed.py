@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadType, BadValue
 from dg_timm.analysis.recorder import skipped_nodes
+from dg_timm.execution.cascade import set_cascade
 from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import require_dynamic
 
@@ -81,5 +82,6 @@ def leave_out(model: nn.Module, skipped: dict[str, list[int]]) -> None:
         last = len(stages[name].block_names)
         if any(isinstance(node, bool) or not isinstance(node, int) or not 1 <= node <= last for node in nodes):
             raise BadValue(f"nodes of '{name}' that can be left out are 1 to {last}, got {nodes}")
+    set_cascade(model, None)  # it has no budgets any more
     for name, stage in stages.items():
         stage.leave_out(skipped.get(name, []))

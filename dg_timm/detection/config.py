@@ -17,7 +17,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data",
         help="data set: digits (pages of handwritten digits); a folder of images with COCO annotation files; or a "
-        "data set of the Hub, of Parquet files, or saved by save_to_disk, with the columns image and objects",
+        "data set of the Hub, of Parquet files, or saved by save_to_disk, with the columns image and objects; by "
+        "default none, and one has to be named",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="name of the split to train on; by default train")

@@ -5,6 +5,7 @@ They say so here, in a context variable: each thread and each asyncio task has i
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -73,18 +74,31 @@ class Request:
 
 _NOTHING = Request()
 _request: ContextVar[Request] = ContextVar("dg_timm_request", default=_NOTHING)
+# Whether a call of any thread asks for something. torch.compile guards it; torch 2.11 can't read a ContextVar there.
+_somebody_asks = False
+_asking = 0
+_lock = threading.Lock()
 
 
 def request() -> Request:
     """What the call that is under way asks for."""
-    return _request.get()
+    return _request.get() if _somebody_asks else _NOTHING
 
 
 @contextlib.contextmanager
 def requesting(**changes: Any) -> Iterator[None]:
     """Ask for something in this thread until the ``with`` block ends: the attributes of :class:`Request`."""
     token = _request.set(replace(_request.get(), **changes))
+    _count_asking(1)
     try:
         yield
     finally:
+        _count_asking(-1)
         _request.reset(token)
+
+
+def _count_asking(change: int) -> None:
+    global _asking, _somebody_asks
+    with _lock:
+        _asking += change
+        _somebody_asks = _asking > 0

@@ -181,7 +181,7 @@ def test_a_model_that_trains_is_looked_at_through_a_view(model):
             over.set()
 
     def watch():
-        while not over.is_set():
+        while not over.wait(0.001):  # a thread that never waits holds up the others
             assert all(module.training for name, module in model.named_modules() if name != "layer2.0.bn1")
 
     together(look, watch)

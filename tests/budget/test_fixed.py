@@ -76,6 +76,14 @@ def test_a_static_network_without_a_block():
         assert torch.equal(model(x), static(x))
 
 
+def test_of_a_cascade_nothing_is_left():
+    model, images = gated_network()
+    dg_timm.set_cascade(model, (0.0, 1.0), threshold=0.5)
+    plain = dg_timm.to_fixed(model, images)
+    assert not plain._forward_hooks
+    assert model._forward_hooks  # which stays as it was
+
+
 def test_what_can_not_be_fixed():
     model, images = gated_network()
     with pytest.raises(dg_timm.UserError, match="share must lie between 0 and 1, got 2"):

@@ -116,8 +116,8 @@ def test_an_evaluation_replaces_nothing(finished, tmp_path):
 
 
 def test_an_evaluation_that_is_stopped_says_so(finished, capsys, tmp_path):
-    args = cli.parse(["--evaluate", str(finished[0] / "model"), "--val-limit", "3", "--workers", "0",
-                         "--output", str(tmp_path / "out")])  # fmt: skip
+    args = cli.parse(["--data", "digits", "--evaluate", str(finished[0] / "model"), "--val-limit", "3",
+                      "--workers", "0", "--output", str(tmp_path / "out")])  # fmt: skip
     stop = InterruptFlag()
     stop.signal = signal.SIGTERM
     with pytest.raises(SystemExit) as stopped:

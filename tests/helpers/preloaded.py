@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ for line in sys.stdin:
 else:
     sys.exit()
 signal.alarm(task["timeout"])
+os.environ.clear()
+os.environ.update(task["env"])
 os.chdir(task["cwd"])
 for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, task["out"], os.O_WRONLY), (2, task["err"], os.O_WRONLY)):
     os.dup2(os.open(name, flags), number)
@@ -51,15 +54,24 @@ _IMPORTED = (
 )  # fmt: skip
 
 
+# Variables that an import may have read
+_READ_EARLY = re.compile(r"(HF|HUGGINGFACE|TORCH|OMP|KMP|MKL|PYTHON|CUDA|TRITON|LD|DG_TIMM|XDG)_?.*|HOME|PATH|TMPDIR")
+
+
 def is_possible(env: Mapping[str, str]) -> bool:
-    """Say whether a fork would be as a fresh process with this environment, which imports may have read."""
-    return hasattr(os, "fork") and _without_test(env) == _without_test(_start()[1])
+    """Say whether a fork would be as a fresh process with this environment."""
+    base = _start()[1]
+    differing = {key for key in {*env, *base} if env.get(key) != base.get(key)}
+    return hasattr(os, "fork") and not any(_READ_EARLY.fullmatch(key) for key in differing)
 
 
-def run_script(words: list[str], cwd: Path | None, timeout: int) -> subprocess.CompletedProcess[str]:
+def run_script(
+    words: list[str], env: Mapping[str, str], cwd: Path | None, timeout: int
+) -> subprocess.CompletedProcess[str]:
     """Run a Python file, the first of ``words``, with the others as its arguments.
 
     Args:
+        env: for which :func:`is_possible` says so.
         cwd: folder in which it runs; by default that of this process.
         timeout: seconds until it is killed.
 
@@ -71,7 +83,7 @@ def run_script(words: list[str], cwd: Path | None, timeout: int) -> subprocess.C
         tempfile.NamedTemporaryFile("r", encoding="utf-8") as out,
         tempfile.NamedTemporaryFile("r", encoding="utf-8") as err,
     ):
-        task = dict(words=words, cwd=str(cwd or Path.cwd()), out=out.name, err=err.name, timeout=timeout)
+        task = dict(words=words, env=dict(env), cwd=str(cwd or Path.cwd()), out=out.name, err=err.name, timeout=timeout)
         print(json.dumps(task), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         if status == -signal.SIGALRM:
@@ -79,10 +91,18 @@ def run_script(words: list[str], cwd: Path | None, timeout: int) -> subprocess.C
         return subprocess.CompletedProcess(words, status, out.read(), err.read())
 
 
+def take_environment() -> None:
+    """Let forks have the environment of this process as it is now, before a test changes it."""
+    _environment.update(os.environ)
+
+
+_environment: dict[str, str] = {}
+
+
 @cache
 def _start() -> tuple[subprocess.Popen[str], dict[str, str]]:
     """The process that everything is forked from, and its environment."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**_environment, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", _SERVER, *_IMPORTED]
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=env)
     atexit.register(_stop, server)
@@ -95,7 +115,3 @@ def _stop(server: subprocess.Popen[str]) -> None:
     server.kill()
     server.wait()
     server.stdout.close()
-
-
-def _without_test(env: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in env.items() if key != "PYTEST_CURRENT_TEST"}

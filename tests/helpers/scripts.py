@@ -53,7 +53,7 @@ def run(
     """
     words = command(script, *args, processes=processes)
     if processes == 1 and preloaded.is_possible(one_thread(env)):
-        return preloaded.run_script(words[1:], cwd, timeout)
+        return preloaded.run_script(words[1:], one_thread(env), cwd, timeout)
     return execute(words, timeout=timeout, env=env, cwd=cwd)
 
 

@@ -35,7 +35,7 @@ from tests.helpers.training import TINY, train
         (("--lr", "fast"), "argument --lr: 'fast' is not a number"),
         (("--epochs", "1.5"), "argument --epochs: '1.5' is not an integer"),
         (("--label-names", "nowhere.txt"), "--label-names nowhere.txt can't be read"),
-        (("--output", "/dev/null/run"), "/dev/null/run can't be written"),
+        (("--output", "/dev/null/run"), "/dev/null is a file, not a folder"),
         (("--lr", "nan"), "argument --lr: nan is not a finite number"),
         (("--smoothing", "1.5"), "1.5 is not between 0 and 1"),
         (("--model-kwargs", "edge_scale"), "--model-kwargs takes key=value, got 'edge_scale'"),
@@ -120,7 +120,10 @@ def test_a_folder_in_use_is_refused(tmp_path, name):
 
 def test_bad_models_are_one_line_of_validate_and_calibrate(capsys, monkeypatch):
     for own, name in ((validate, "validate.py"), (calibrate, "calibrate.py")):
-        for words, message in ((["dg_resnett50"], "is not a timm or dg_timm model"), (["./none"], "is not a timm or")):
+        for words, message in (
+            (["dg_resnett50"], "is not a timm or dg_timm model"),
+            (["./none"], "there is no folder ./none"),
+        ):
             monkeypatch.setattr(sys, "argv", [name, *words, "--data", "digits", "--workers", "0"])
             assert own.main() == 2
             assert message in capsys.readouterr().err
