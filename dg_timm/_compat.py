@@ -143,12 +143,17 @@ def find_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Take every hook on a forward pass, and a ``forward`` that was put on the instance, off a module."""
+    """Take every hook on a forward pass, what was compiled, and a ``forward`` that was put on the instance, off it."""
     own = module.__dict__
     for name, value in own.items():
         if name.startswith("_forward_") and isinstance(value, dict):
             value.clear()
     own.pop("forward", None)
+    if own.get("_compiled_call_impl") is not None:
+        own["_compiled_call_impl"] = None
+    original = own_modules(module).get("_orig_mod")
+    if original is not None:  # torch.compile's wrapper, whose class has no forward
+        own["forward"] = original.__call__
 
 
 def remove_forward_hook(module: nn.Module, function: Callable[..., Any]) -> None:

@@ -1,14 +1,16 @@
 """Choose budgets for images like some: one for all, or a cascade that asks the network how sure it is."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dg_timm._errors import BadValue
-from dg_timm.budget.curve import Observed, observe_budget, require_gates
+from dg_timm.budget.curve import Observed, check_budgets, observe_budget, require_gates
 from dg_timm.execution.cascade import CERTAINTIES, set_cascade
 from dg_timm.graph.gate import gates
 
@@ -64,39 +66,55 @@ def choose_cascade(
     (0.5,)
     """
     require_gates(model)
+    observed = {budget: observe_budget(model, batches, budget) for budget in check_budgets(budgets)}
+    choice = choose_among(observed, target_cost=target_cost, max_drop=max_drop)
+    set_choice(model, choice)
+    return choice
+
+
+def choose_among(
+    observed: Mapping[float, Observed], *, target_cost: float | None = None, max_drop: float | None = None
+) -> BudgetChoice:
+    """As :func:`choose_cascade`, from what was observed at each budget."""
     if (target_cost is None) == (max_drop is None):
         raise BadValue("give either target_cost or max_drop")
-    if not budgets or not all(0 <= budget <= 1 for budget in budgets):
-        raise BadValue(f"budgets must be numbers between 0 and 1, got {list(budgets)}")
-    observed = {budget: observe_budget(model, batches, budget) for budget in sorted(set(map(float, budgets)))}
-    choices = [*_single(observed), *_cascades(observed)]
-    if target_cost is not None:
-        within = [choice for choice in choices if choice.cost <= target_cost]
-        if not within:
-            least = min(choice.cost for choice in choices)
-            raise BadValue(f"no budget costs {target_cost:g} or less; the lowest costs {least:.3f}")
-        best = max(within, key=lambda choice: (choice.top1, -choice.cost))
-    else:
-        assert max_drop is not None
-        whole = next(choice.top1 for choice in choices if choice.budgets == (max(observed),))
-        best = min((c for c in choices if c.top1 >= whole - max_drop - 1e-9), key=lambda choice: choice.cost)
-    if best.threshold is None or best.certainty is None:
-        set_cascade(model, None)
-        for gate in gates(model).values():
-            gate.budget = best.budgets[0]
-    else:
-        set_cascade(model, best.budgets, best.threshold, best.certainty)
-    return best
+    aim = target_cost if max_drop is None else max_drop
+    if isinstance(aim, bool) or not isinstance(aim, (int, float, np.number)) or not 0 <= aim < math.inf:
+        raise BadValue(
+            f"{'max_drop' if target_cost is None else 'target_cost'} must be a number from 0 on, got {aim!r}"
+        )
+    if any(len(of_budget.right) < len(of_budget.costs) for of_budget in observed.values()):
+        raise BadValue("images without labels: give (images, labels) to choose by accuracy")
+    ascending = dict(sorted(observed.items()))
+    choices = [*_single(ascending), *_cascades(ascending)]
+    if target_cost is None:
+        whole = next(choice.top1 for choice in choices if choice.budgets == (max(ascending),))
+        return min((c for c in choices if c.top1 >= whole - aim - 1e-9), key=lambda choice: choice.cost)
+    within = [choice for choice in choices if choice.cost <= target_cost]
+    if not within:
+        least = min(choice.cost for choice in choices)
+        raise BadValue(f"no budget costs {target_cost:g} or less; the lowest costs {least:.3f}")
+    return max(within, key=lambda choice: (choice.top1, -choice.cost))
 
 
-def _single(observed: dict[float, Observed]) -> Iterator[BudgetChoice]:
+def set_choice(model: nn.Module, choice: BudgetChoice) -> None:
+    """Put a choice in force."""
+    if choice.threshold is not None and choice.certainty is not None:
+        set_cascade(model, choice.budgets, choice.threshold, choice.certainty)
+        return
+    set_cascade(model, None)
+    for gate in gates(model).values():
+        gate.budget = choice.budgets[0]
+
+
+def _single(observed: Mapping[float, Observed]) -> Iterator[BudgetChoice]:
     for budget, of_budget in observed.items():
         yield BudgetChoice((budget,), None, None, of_budget.costs.mean().item(), _percent(of_budget.right))
 
 
-def _cascades(observed: dict[float, Observed]) -> Iterator[BudgetChoice]:
+def _cascades(observed: Mapping[float, Observed]) -> Iterator[BudgetChoice]:
     for (low, first), (high, second) in itertools.combinations(observed.items(), 2):
-        for name, certainty in CERTAINTIES.items():
+        for name, certainty in CERTAINTIES.items() if first.logits.shape[1] > 1 else ():
             sure = certainty(first.logits)
             for threshold in sure.quantile(torch.linspace(0, 1, _QUANTILES + 1)[1:].to(sure)).unique().tolist():
                 again = ~(sure >= threshold)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dg_timm._errors import BadType, BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm._modes import evaluating
-from dg_timm.analysis.counting import count_costs
+from dg_timm.analysis.counting import count_costs, recorded_cost
 from dg_timm.analysis.recorder import recording
 from dg_timm.execution.cascade import set_cascade
 from dg_timm.graph.context import requesting
@@ -98,19 +98,18 @@ def measure_budgets(
     (0.0, None)
     """
     require_gates(model)
-    if not budgets or not all(0 <= budget <= 1 for budget in budgets):
-        raise BadValue(f"budgets must be numbers between 0 and 1, got {list(budgets)}")
-    points = []
-    for budget in budgets:
-        found = observe_budget(model, batches, budget)
-        top1 = 100 * found.right.double().mean().item() if len(found.right) else None
-        cost, spread = found.costs.mean().item(), found.costs.std(unbiased=False).item()
-        points.append(BudgetPoint(float(budget), cost, spread, top1))
-    if timed_images:
-        images = next(iter(batches))[0][:timed_images]
-        for k, milliseconds in enumerate(_time_budgets(model, images, budgets)):
-            points[k] = replace(points[k], milliseconds=milliseconds, where=describe_hardware())
-    return points
+    budgets = check_budgets(budgets)
+    points = [observe_budget(model, batches, budget).summarize(budget) for budget in budgets]
+    return time_points(model, points, next(iter(batches))[0][:timed_images]) if timed_images else points
+
+
+def check_budgets(budgets: Sequence[float]) -> list[float]:
+    """Give budgets of gates as floats; raise BadValue if there is none, or one is no number from 0 to 1."""
+    listed = list(budgets)
+    is_number = [not isinstance(b, bool) and isinstance(b, (int, float, np.number)) and 0 <= b <= 1 for b in listed]
+    if not listed or not all(is_number):
+        raise BadValue(f"budgets must be numbers between 0 and 1, got {listed}")
+    return [float(budget) for budget in listed]
 
 
 class Observed(NamedTuple):
@@ -126,6 +125,11 @@ class Observed(NamedTuple):
     logits: Tensor
     right: Tensor
 
+    def summarize(self, budget: float) -> BudgetPoint:
+        """Make the point of a curve."""
+        top1 = 100 * self.right.double().mean().item() if len(self.right) else None
+        return BudgetPoint(budget, self.costs.mean().item(), self.costs.std(unbiased=False).item(), top1)
+
 
 @torch.no_grad()
 def observe_budget(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Observed:
@@ -136,8 +140,7 @@ def observe_budget(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | No
             counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
             with recording(model) as recorder:
                 logits.append(model(images).cpu())
-            opened = {name: (alpha != 0).double() for name, alpha in recorder.recorded.items()}
-            costs.append(counted.relative(opened).cpu())
+            costs.append(recorded_cost(model, recorder, counted).cpu())
             if labels is not None:
                 right.append(logits[-1].argmax(1) == labels.cpu())
     if not costs:
@@ -145,8 +148,10 @@ def observe_budget(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | No
     return Observed(torch.cat(costs), torch.cat(logits), torch.cat(right))
 
 
-def _time_budgets(model: nn.Module, images: Tensor, budgets: Sequence[float]) -> list[float]:
-    """The median milliseconds of an image at each budget."""
+@torch.no_grad()
+def time_points(model: nn.Module, points: Sequence[BudgetPoint], images: Tensor) -> list[BudgetPoint]:
+    """Add to points of a curve the median milliseconds of an image here; the budgets take turns."""
+    budgets = [point.budget for point in points]
     seconds: list[list[float]] = [[] for _ in budgets]
     with evaluating(model):
         for image in (images[:1], *images.split(1)):  # the first one warms up
@@ -155,7 +160,10 @@ def _time_budgets(model: nn.Module, images: Tensor, budgets: Sequence[float]) ->
                     start = time.perf_counter()
                     model(image)
                     of_budget.append(time.perf_counter() - start)
-    return [1000 * median(of_budget[1:]) for of_budget in seconds]
+    return [
+        replace(point, milliseconds=1000 * median(of_budget[1:]), where=describe_hardware())
+        for point, of_budget in zip(points, seconds, strict=True)
+    ]
 
 
 def set_budget(model: nn.Module, cost: float | None = None, *, milliseconds: float | None = None) -> None:
@@ -223,7 +231,7 @@ def _curve(model: nn.Module) -> list[BudgetPoint]:
 
 
 def _number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise BadType(f"{name} must be a number or None, got {value!r}")
     return float(value)
 

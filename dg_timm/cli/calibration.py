@@ -43,6 +43,9 @@ from dg_timm.training.run import data_options, networks, operating_points
 from dg_timm.training.run.operating_points import Row
 from dg_timm.training.run.option_types import fraction, non_negative_float, positive_float, positive_int
 
+# Options that say nothing to a network with gates
+_FOR_THRESHOLDS = ("target_time", "thresholds", "points", "time_batch", "rounds", "plot", "refit_norms")
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line (by default that of this process), and refuse options that do not go together."""
@@ -85,6 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG file for a picture of the curve; by default none is drawn")
     operating_points.add_options(parser)
     args = parser.parse_args(argv)
+    args.for_thresholds = [name for name in _FOR_THRESHOLDS if getattr(args, name) != parser.get_default(name)]
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: a ratio needs a spread")
     if args.save and args.target_cost is None and args.target_time is None and args.max_drop is None:
@@ -108,7 +112,8 @@ def calibrate_network(args: argparse.Namespace) -> None:
         raise BadValue(f"{args.model} is static: it has no threshold to choose")
     if gates(model):
         args.refit_norms = 0
-        calibrate_gates(args, model, operating_points.load_batches(args, model)[0])
+        batches, _ = operating_points.load_batches(args, model)
+        calibrate_gates(args, model, batches, lambda rows: _write(args, rows))
         return
     if args.budgets or (args.save and args.target_cost is None and args.target_time is None):
         raise BadValue(f"{args.model} has no gates: give --target-cost or --target-time, and no --budgets")

@@ -34,7 +34,12 @@ def is_identity(model: nn.Module) -> bool:
     """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0, no gate closes.
 
     Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force.
+
+    Raises:
+        BadState: if the model has no numbers (it is on the meta device).
     """
+    if any(parameter.is_meta for router in routers(model).values() for parameter in router.parameters()):
+        raise BadState("a model on the meta device has no numbers to look at; load its weights first")
     return (
         all(_is_always_open(gate) for gate in gates(model).values())
         and all(stage.is_complete() for stage in graph_stages(model).values())
@@ -151,29 +156,34 @@ def complete_network(
     _refuse_another(model, state_dict, prefix)
     state_dict.update(to_identity(model, state_dict, prefix))
     # what is a part of a network for all of it must not look whole to one of its stages
-    is_part = not any(_GRAPH_KEY.search(key) for key in state_dict if key.startswith(prefix))
-    for stage in graph_stages(model).values():
-        stage.is_loading_part = is_part
+    is_part = is_static(key for key in state_dict if key.startswith(prefix))
+    for name, stage in graph_stages(model).items():
+        stage.loading = _identities(state_dict, f"{prefix}{name}." if name else prefix) if is_part else frozenset()
 
 
 def complete_stage(
     stage: DGStage, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict, *_: object
 ) -> None:
     """A load hook of a stage that is loaded without its network."""
-    if stage.is_loading_part:
-        stage.is_loading_part = False
+    part, stage.loading = stage.loading, frozenset()
+    if part and part == _identities(state_dict, prefix):  # the network has seen it
         return
     _refuse_another(stage, state_dict, prefix)
     state_dict.update(to_identity(stage, state_dict, prefix))
 
 
+def _identities(state_dict: Mapping[str, Any], prefix: str) -> frozenset[int]:
+    return frozenset(id(value) for key, value in state_dict.items() if key.startswith(prefix))
+
+
 def _refuse_another(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Refuse a static state dict of another architecture, before any tensor of this network or stage is copied.
 
-    A part of the own one is welcome, and so is a whole one with more beside the stages (a head that was left out).
+    A part of the own one is welcome, and so is a whole one with more beside the stages (a head that was left out). Few
+    tensors are no architecture: what is not the model's among them is for torch to report.
 
     Raises:
-        BadState: naming the tensors that are not the model's, or of another shape.
+        BadState: naming the tensors that are not the model's or of another shape, or the blocks that are missing.
     """
     given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if not is_static(given):
@@ -181,12 +191,33 @@ def _refuse_another(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
     own = model.state_dict()
     problems = _mis_shaped(own, given)
     if not holds_static(model, given):
-        problems += [f"'{key}', which the model has not" for key in given if key not in own]
+        if 2 * len(given) >= sum(is_static([key]) for key in own):
+            problems += [f"'{key}', which the model has not" for key in given if key not in own]
+        problems += _missing_blocks(model, given)
     if problems:
         raise BadState(
             f"this static checkpoint is of another architecture than {type(model).__name__}: {_listed(problems)}. "
-            "Nothing of it was loaded; load one of the same architecture, or leave out the tensors that do not fit"
+            "Nothing of this network was loaded (a parent may have loaded what comes before it); load one of the same "
+            "architecture, or leave out the tensors that do not fit"
         )
+
+
+def _missing_blocks(model: nn.Module, given: Iterable[str]) -> list[str]:
+    """The blocks that a smaller network of the same names lacks: every stage has some, whole, and others not at all."""
+    given, missing = set(given), []
+    for name, stage in graph_stages(model).items():
+        present = False
+        for block in (*stage.entry_names, *stage.block_names):
+            where = f"{name}.{block}." if name else f"{block}."
+            keys = {f"{where}{key}" for key in stage.get_submodule(block).state_dict() if "num_batches" not in key}
+            if keys and not keys & given:
+                missing.append(f"no tensor of '{where.rstrip('.')}'")
+            elif not keys <= given:
+                return []
+            present = present or bool(keys & given)
+        if not present:
+            return []
+    return missing
 
 
 def register_hooks(model: nn.Module) -> None:
@@ -230,7 +261,7 @@ def _mis_shaped(own: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     return [
         f"'{key}': {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
         for key, value in own.items()
-        if isinstance(value, Tensor) and key in given and given[key].shape != value.shape
+        if isinstance(value, Tensor) and isinstance(given.get(key), Tensor) and given[key].shape != value.shape
     ]
 
 

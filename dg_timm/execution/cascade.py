@@ -89,12 +89,14 @@ def set_cascade(
         return
     if not gates(model):
         raise BadValue("a cascade runs over budgets of gates, and this network has none (gates=True)")
-    if not getattr(model, "num_classes", 0):
-        raise BadValue("a cascade asks how sure a classifier is, and this model gives no logits")
+    if getattr(model, "num_classes", 0) < 2:
+        raise BadValue(
+            "a cascade asks how sure a classifier of two classes or more is, and this model gives no such logits"
+        )
     chosen = _check_budgets(budgets)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)):
         raise BadType(f"threshold must be a number, got {threshold!r}")
-    if certainty not in CERTAINTIES:
+    if not isinstance(certainty, str) or certainty not in CERTAINTIES:
         raise BadValue(f"certainty must be one of {', '.join(CERTAINTIES)}, got {certainty!r}")
     if not threshold <= _HIGHEST[certainty]:
         raise BadValue(
@@ -110,7 +112,7 @@ def _check_budgets(budgets: Sequence[float | None]) -> tuple[float | None, ...]:
     for k, budget in enumerate(budgets):
         if budget is None and k == len(budgets) - 1:
             continue
-        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.floating)):
+        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.number)):
             raise BadType(f"budgets must be numbers (the last one may be None), got {budget!r}")
         if not 0 <= budget <= 1:
             raise BadValue(f"budgets lie between 0 and 1, got {budget:g}")
@@ -127,6 +129,8 @@ def cascade_of(model: nn.Module) -> Cascade | None:
 
 
 def _install(model: nn.Module, cascade: Cascade | None) -> None:
+    if cascade is None and cascade_of(model) is None:
+        return  # a budget that was set stays
     _compat.remove_forward_hook(model, _run_next_passes)
     settings = None
     if cascade is not None:

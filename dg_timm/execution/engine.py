@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dg_timm.execution import autograd, chunking, operators, sparse
 from dg_timm.execution.dense import Checkpointed, Dense, unused_parameters
-from dg_timm.graph.context import Request, request, requesting
+from dg_timm.graph.context import Request, by_image, request
 from dg_timm.graph.stage import DGStage
 
 
@@ -28,7 +28,7 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
     watched = asked.recorder is not None or asked.gates is not None
     chunks = chunking.num_chunks(stage, x) if plain and not watched else 1
     if chunks > 1:
-        with requesting(by_image=True):
+        with by_image():
             return chunking.run_chunks(run, x, chunks if chunking.is_exact(stage, run, x, chunks) else 1)
     out = run(x)
     if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked) or _is_open(stage)):

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ class Request:
         gates: how gates are drawn, while a cost is learned.
         sets_budget: whether ``budget`` stands in for that of the gates.
         budget: as in :class:`dg_timm.graph.gate.Gate`.
-        by_image: whether routers and gates give an image the same bits in any batch, for inference; a little slower.
     """
 
     execution: str | None = None
@@ -69,7 +69,6 @@ class Request:
     gates: GateSampling | None = None
     sets_budget: bool = False
     budget: float | None = None
-    by_image: bool = False
 
 
 _NOTHING = Request()
@@ -95,6 +94,24 @@ def requesting(**changes: Any) -> Iterator[None]:
     finally:
         _count_asking(-1)
         _request.reset(token)
+
+
+_by_image: ContextVar[bool] = ContextVar("dg_timm_by_image", default=False)
+
+
+def is_by_image() -> bool:
+    """Whether routers and gates are to give an image the same bits in any batch; never in a compiled program."""
+    return not torch.compiler.is_compiling() and _by_image.get()
+
+
+@contextlib.contextmanager
+def by_image() -> Iterator[None]:
+    """Let routers and gates of this thread give an image the same bits in any batch: in inference, and a bit slower."""
+    token = _by_image.set(True)
+    try:
+        yield
+    finally:
+        _by_image.reset(token)
 
 
 def _count_asking(change: int) -> None:

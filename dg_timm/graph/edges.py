@@ -39,7 +39,7 @@ def apply_linear(layer: nn.Module, pooled: Tensor, by_image: bool) -> Tensor:
         by_image: give an image the same bits in any batch, where it is a plain ``nn.Linear``: matrix products take
             another algorithm for another number of images.
     """
-    if not by_image or type(layer) is not nn.Linear:
+    if not by_image or type(layer) is not nn.Linear or layer.bias is None:
         return layer(pooled)
     images, weight = len(pooled), layer.weight.t()
     rows = torch.baddbmm(layer.bias.expand(images, 1, -1), pooled.unsqueeze(1), weight.expand(images, -1, -1))

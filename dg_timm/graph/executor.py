@@ -57,6 +57,8 @@ class Executor(ABC):
 
     def check_shape(self, node: int, feature: Tensor) -> None:
         """Raise BadValue unless a node's feature has the shape that node 0's has."""
+        if not isinstance(feature, Tensor):
+            raise BadValue(f"block {node} of a stage gave a {type(feature).__name__} in place of a tensor")
         if self.shape is None:
             self.shape = feature.shape[1:]
         elif feature.shape[1:] != self.shape:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm.graph import edges
-from dg_timm.graph.context import request
+from dg_timm.graph.context import is_by_image, request
 
 OPEN_BIAS = 3.0  # of a new gate: open, and near enough to the step to learn
 OPEN_SHIFT = -5.0  # of a new gate: small budgets begin nearer to the step than large ones, or they learn the same
@@ -63,7 +63,7 @@ class Gate(nn.Module):
         if torch.jit.is_scripting():  # noqa: SIM108  (of a ternary, TorchScript compiles both sides)
             logit = self.fc(pooled)
         else:
-            logit = edges.apply_linear(self.fc, pooled, request().by_image)
+            logit = edges.apply_linear(self.fc, pooled, is_by_image())
         if logit.dtype != torch.float64:
             logit = logit.float()
         if budgets is not None:

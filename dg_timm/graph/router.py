@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm.graph import edges
-from dg_timm.graph.context import request
+from dg_timm.graph.context import is_by_image, request
 
 
 class Router(nn.Module):
@@ -84,14 +84,14 @@ class Router(nn.Module):
         """
         logits, by_image = self.compute_logits(pooled), False
         if not torch.jit.is_scripting():
-            by_image = request().by_image
+            by_image = is_by_image()
         return edges.edge_weights(logits, self.scale, self.effective_threshold(), active, by_image)
 
     def compute_logits(self, pooled: Tensor) -> Tensor:
         """What the sigmoid takes: (batch, channels) -> (batch, edges)."""
         if hasattr(self, "fc"):  # TorchScript resolves it
             if not torch.jit.is_scripting():
-                return edges.apply_linear(self.fc, pooled, request().by_image)
+                return edges.apply_linear(self.fc, pooled, is_by_image())
             return self.fc(pooled)
         else:
             return self.logits.expand(pooled.shape[0], -1)

@@ -70,12 +70,11 @@ class DGStage(nn.Module):
         # A new projection has learned nothing that could be passed on: measured, images that skipped block 1 were lost
         self.gated_nodes = list(range(1 + (projection is not None), len(plan.blocks) + 1)) if gates else []
         self.grad_checkpointing = False
-        self.is_loading_part = False  # a state dict that holds a part of the static network
+        self.loading = frozenset[int]()  # what of a state dict is a part of the static network, by identity
         self.load_hook: Callable[..., None] | None = None
         self.execution = "dense"
-        self.budgets = list[
-            dict[str, Any]
-        ]()  # TorchScript takes no annotation of an empty list; what each budget costs (dg_timm.budget.curve)
+        # What each budget costs (dg_timm.budget.curve). TorchScript takes no annotation of an empty list.
+        self.budgets = list[dict[str, Any]]()
         self.cascade: dict[str, Any] | None = None  # (dg_timm.execution.cascade)
         self.edges = topology or complete(len(plan.blocks))  # the sources of every node
         self.topology = self.edges

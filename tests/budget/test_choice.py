@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -48,6 +49,15 @@ def test_what_was_chosen_is_set_and_does_what_it_says(network, aim):
         assert cost <= aim["target_cost"]
 
 
+def test_budgets_may_be_an_array_and_one_class_is_sure_of_itself(network):
+    model, batches = network
+    assert dg_timm.choose_cascade(model, batches, np.array(BUDGETS), max_drop=100.0).cost < 1
+    model.reset_classifier(1)
+    ones = [(images, torch.zeros_like(labels)) for images, labels in batches]
+    choice = dg_timm.choose_cascade(model.double(), ones, BUDGETS, max_drop=0.0)
+    assert (choice.budgets, choice.threshold) == ((0.0,), None)
+
+
 def test_nothing_that_was_tried_by_hand_is_better(network):
     model, batches = network
     images, labels = map(torch.cat, zip(*batches, strict=True))
@@ -74,6 +84,10 @@ def test_nothing_that_was_tried_by_hand_is_better(network):
         (BUDGETS, dict(target_cost=0.5, max_drop=1.0), "either target_cost or max_drop"),
         ([], dict(max_drop=1.0), "between 0 and 1"),
         ([1.5], dict(max_drop=1.0), "between 0 and 1"),
+        (["a"], dict(max_drop=1.0), "between 0 and 1"),
+        (BUDGETS, dict(max_drop=-5), "max_drop must be a number from 0 on, got -5"),
+        (BUDGETS, dict(max_drop=float("nan")), "max_drop must be a number from 0 on, got nan"),
+        (BUDGETS, dict(target_cost="0.5"), "target_cost must be a number from 0 on, got '0.5'"),
         (BUDGETS, dict(target_cost=0.01), r"no budget costs 0.01 or less; the lowest costs 0\.\d+"),
     ],
 )
@@ -83,6 +97,8 @@ def test_what_can_not_be_chosen_leaves_the_model(network, budgets, aim, match):
         dg_timm.choose_cascade(model, batches, budgets, **aim)
     with pytest.raises(dg_timm.UserError, match="no images"):
         dg_timm.choose_cascade(model, [], BUDGETS, max_drop=1.0)
+    with pytest.raises(dg_timm.UserError, match="images without labels"):
+        dg_timm.choose_cascade(model, [(images, None) for images, _ in batches], BUDGETS, max_drop=1.0)
     with pytest.raises(dg_timm.UserError, match="no gates"):
         dg_timm.choose_cascade(timm.create_model("dg_resnet18"), batches, BUDGETS, max_drop=1.0)
     assert cascade_of(model) is None

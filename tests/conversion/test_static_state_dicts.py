@@ -192,27 +192,62 @@ def test_another_architecture_changes_nothing(other):
     assert_unchanged(dynamic, before)
 
 
-@pytest.mark.parametrize("other", ["cifar_resnet26", "resnet18", "mobilenetv2_050"])
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [("cifar_resnet26", "dg_cifar_resnet20"), ("resnet18", "dg_cifar_resnet20"),
+     ("mobilenetv2_050", "dg_cifar_resnet20"), ("cifar_resnet20", "dg_cifar_resnet26")],
+)  # fmt: skip
 @pytest.mark.parametrize("parent", PARENTS)
 @pytest.mark.parametrize("strict", [True, False])
-def test_below_a_parent_another_architecture_changes_nothing(other, parent, strict):
-    _, dynamic = networks("dg_cifar_resnet20", parent)
+def test_below_a_parent_another_architecture_changes_nothing(other, name, parent, strict):
+    _, dynamic = networks(name, parent)
     given = PARENTS[parent](copy.deepcopy(made(other))).state_dict()
     before = state_of(dynamic)
-    with pytest.raises(UserError, match=r"does not fit|is of another architecture than DG.*: '.*Nothing .*was loaded"):
+    with pytest.raises(UserError, match=r"does not fit|is of another architecture than DG.*: .*'.*Nothing .*was loaded"):
         dynamic.load_state_dict(given, strict=strict)
     assert_unchanged(dynamic, before, [key for key in before if "extra" not in key])  # a parent's own is the parent's
 
 
+@pytest.mark.parametrize(
+    ("other", "name", "match"),
+    [("cifar_resnet26", "dg_cifar_resnet20", "which the model has not"),
+     ("cifar_resnet20", "dg_cifar_resnet26", "no tensor of '3'")],
+)  # fmt: skip
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_stage_of_another_architecture_changes_nothing(strict):
-    _, dynamic = networks("dg_cifar_resnet20")
+def test_a_stage_of_another_architecture_changes_nothing(other, name, match, strict):
+    _, dynamic = networks(name)
     parent = nn.Sequential(dynamic.layer1)
-    given = nn.Sequential(made("cifar_resnet26").layer1).state_dict()
+    given = nn.Sequential(made(other).layer1).state_dict()
     before = state_of(dynamic)
-    with pytest.raises(UserError, match=r"is of another architecture than .*, which the model has not"):
+    with pytest.raises(UserError, match=f"is of another architecture than .*{match}"):
         parent.load_state_dict(given, strict=strict)
     assert_unchanged(dynamic, before)
+
+
+@pytest.mark.parametrize("parent", ["alone", "Lightning"])
+def test_few_tensors_are_no_architecture(parent):
+    """Of a file of an adapter, or of a note beside a tensor, torch reports what is not the model's."""
+    _, dynamic = networks("dg_cifar_resnet20", parent)
+    prefix = "net." if parent == "Lightning" else ""
+    before = state_of(dynamic)
+    given = {f"{prefix}layer1.0.conv1.weight": torch.ones(16, 16, 3, 3), f"{prefix}layer1.0.lora": torch.ones(2)}
+    report = dynamic.load_state_dict(given | {f"{prefix}epoch": 3}, strict=False)
+    assert set(report.unexpected_keys) == {f"{prefix}layer1.0.lora", f"{prefix}epoch"}
+    assert_unchanged(dynamic, before, before.keys() - given.keys())
+    assert_unchanged(dynamic, {key: given[key] for key in given if key in before})
+
+
+def test_a_load_that_fails_midway_leaves_no_trace():
+    """The next load of a stage alone is that of a whole stage."""
+    static, dynamic = networks("dg_cifar_resnet20")
+    handle = dynamic.layer1.register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    given = {key: value for key, value in static.state_dict().items() if not key.startswith("layer3.")}
+    with pytest.raises(ZeroDivisionError):
+        dynamic.load_state_dict(given, strict=False)
+    handle.remove()
+    report = dynamic.layer2.load_state_dict(static.layer2.state_dict())
+    assert (report.missing_keys, report.unexpected_keys) == ([], [])
+    assert is_identity(dynamic.layer2)
 
 
 def test_a_part_of_another_shape_is_named_before_anything_is_copied():
@@ -276,6 +311,11 @@ def test_half_precision_and_no_memory_between_calls():
     alone = alone.to_empty(device="cpu")
     alone.load_state_dict(model.state_dict())
     assert torch.equal(outputs(alone), outputs(model))
+
+
+def test_without_numbers_nothing_is_known():
+    with pytest.raises(UserError, match="on the meta device has no numbers"):
+        is_identity(timm.create_model("dg_cifar_resnet20", device="meta"))
 
 
 def test_thresholds_count_for_what_is_an_identity():

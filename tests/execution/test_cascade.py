@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -62,7 +63,11 @@ def test_three_passes_and_every_gate_open():
     dg_timm.set_cascade(model, (0.0, 1.0, None), threshold=1.0)  # nobody is ever sure
     with torch.no_grad():
         torch.testing.assert_close(model(images), at(model, images, None))
-    assert dg_timm.cost(model, images).min() > dg_timm.cost(copy.deepcopy(model), images).min() - 1e-9
+    passes = []
+    for budget in (0.0, 1.0, None):
+        with requesting(sets_budget=True, budget=budget):
+            passes.append(dg_timm.cost(model, images))
+    torch.testing.assert_close(dg_timm.cost(model, images), sum(passes))
 
 
 def test_who_looks_on_gets_the_same_answers_and_the_wiring_of_the_first_pass():
@@ -127,6 +132,7 @@ def test_it_is_saved_copied_and_ended_by_a_budget(tmp_path):
         (BUDGETS, dict(threshold=1.5), "by probability is at most 1, so threshold 1.5 is never reached; give e.g. 0.5"),
         (BUDGETS, dict(certainty="entropy"), "by entropy is at most 0, so threshold 0.9 is never reached"),
         (BUDGETS, dict(certainty="luck"), "certainty must be one of probability, margin, entropy"),
+        (BUDGETS, dict(certainty=["margin"]), "certainty must be one of probability, margin, entropy"),
     ],
 )
 def test_what_is_no_cascade(budgets, options, match):
@@ -137,3 +143,16 @@ def test_what_is_no_cascade(budgets, options, match):
     assert {gate.budget for gate in gates(model).values()} == {1.0}
     with pytest.raises(dg_timm.UserError, match="has none"):
         dg_timm.set_cascade(timm.create_model("dg_resnet18"), BUDGETS)
+    with pytest.raises(dg_timm.UserError, match="classifier of two classes or more"):
+        dg_timm.set_cascade(timm.create_model("dg_resnet18", gates=True, num_classes=1), BUDGETS)
+
+
+def test_ending_no_cascade_leaves_a_budget_that_was_set():
+    model, *_ = network()
+    for gate in gates(model).values():
+        gate.budget = 0.5
+    dg_timm.set_cascade(model, None)
+    assert {gate.budget for gate in gates(model).values()} == {0.5}
+    dg_timm.set_cascade(model, (np.float32(0.25), np.int64(1)), threshold=np.int64(1))
+    dg_timm.set_cascade(model, None)
+    assert {gate.budget for gate in gates(model).values()} == {1.0}

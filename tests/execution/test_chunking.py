@@ -82,6 +82,16 @@ def test_a_trained_network_is_chunked_to_the_bit(batch, gated):
             torch.testing.assert_close(wanted, model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_router_without_a_bias_is_called():
+    model, x = randomize_graph(timm.create_model("dg_resnet18").eval()), torch.randn(8, 3, 64, 64)
+    model.layer1.router0.fc.bias = None
+    with torch.no_grad(), operators.using_backend("reference"):
+        wanted = model(x)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_first_call_of_a_shape_costs_nothing_and_the_second_finds_out():
     model, x = timm.create_model("dg_resnet18").eval(), torch.randn(8, 3, 64, 64)
     calls, seen = count_images(model), []

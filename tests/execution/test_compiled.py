@@ -1,5 +1,7 @@
 """Whole networks, compiled and exported: one graph without a break, which predicts what eager mode does."""
 
+import copy
+import threading
 import warnings
 
 import pytest
@@ -7,6 +9,7 @@ import timm
 import torch
 
 import dg_timm
+from dg_timm.graph.context import requesting
 from tests.helpers.networks import FAMILIES, randomize, randomize_graph
 
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("dg_mobilenetv2_050", "dg_regnety_002")]
@@ -86,3 +89,44 @@ def test_by_inductor_it_trains_and_predicts(name):
     found = torch.autograd.grad(compiled(model)(x).square().sum(), list(model.parameters()))
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, rtol=1e-2, atol=1e-2 * w.abs().max().item() + 1e-6)
+
+
+def test_a_compiled_network_is_looked_at_and_counted():
+    """Wrapped as a whole, a block alone, or in place: what runs is the original."""
+    model, x = randomize_graph(timm.create_model("dg_cifar_resnet20").eval()), torch.randn(2, 3, 32, 32)
+    wanted, cost = dg_timm.adjacency(model, x), dg_timm.cost(model, x)
+    in_place, of_a_block = copy.deepcopy(model), copy.deepcopy(model)
+    in_place.compile(backend="eager")
+    of_a_block.layer1[1] = torch.compile(of_a_block.layer1[1], backend="eager")
+    for compiled in (torch.compile(model, backend="eager"), in_place, of_a_block):
+        torch.testing.assert_close(dg_timm.cost(compiled, x), cost)
+        found = dg_timm.adjacency(compiled, x).values()
+        assert all(torch.allclose(alpha, own) for alpha, own in zip(found, wanted.values(), strict=True))
+        assert dg_timm.complexity(compiled, (3, 32, 32)) == dg_timm.complexity(model, (3, 32, 32))
+
+
+def test_it_predicts_while_another_thread_asks():
+    """A request of a thread is guarded, and seen by that thread alone."""
+    torch._dynamo.reset()
+    model, x = randomize_graph(timm.create_model("dg_cifar_resnet20").eval()), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(x)
+        compiled, entered, over = torch.compile(model, backend="eager"), threading.Event(), threading.Event()
+
+        def ask():
+            with requesting(threshold=9.0):
+                entered.set()
+                over.wait(60)
+
+        torch.testing.assert_close(compiled(x), wanted)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert entered.wait(60)
+            torch.testing.assert_close(compiled(x), wanted)
+        finally:
+            over.set()
+            asking.join()
+        torch.testing.assert_close(compiled(x), wanted)
+        with requesting(threshold=9.0):  # its own is heeded
+            assert not torch.allclose(compiled(x), wanted)

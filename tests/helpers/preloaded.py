@@ -78,6 +78,8 @@ def run_script(
     Raises:
         TimeoutExpired: after ``timeout``.
     """
+    if _start()[0].poll() is not None:  # it was killed
+        _start.cache_clear()
     server, _ = _start()
     with (
         tempfile.NamedTemporaryFile("r", encoding="utf-8") as out,
