@@ -192,7 +192,7 @@ def _refuse_another(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
     problems = _mis_shaped(own, given)
     if not holds_static(model, given):
         if 2 * len(given) >= sum(is_static([key]) for key in own):
-            problems += [f"'{key}', which the model has not" for key in given if key not in own]
+            problems += [f"'{prefix}{key}', which the model has not" for key in given if key not in own]
         problems += _missing_blocks(model, given)
     if problems:
         raise BadState(

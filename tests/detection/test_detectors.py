@@ -72,7 +72,9 @@ def test_the_loss_depends_on_update_and_seed_alone(pages):
     assert not torch.equal(DetectionObjective(1)(one, batch, 4).loss, first)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "faster_rcnn" else pytest.param(kind, marks=pytest.mark.slow) for kind in DETECTORS]
+)
 def test_in_bfloat16_boxes_are_as_fine_as_ever(kind, pages):
     """Heads run in float32: in bfloat16 a box above 256 px would lie on a grid of 2 px."""
     one = make_detector(kind, options=SMALL._replace(min_size=(384,), max_size=512)).eval()

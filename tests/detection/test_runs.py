@@ -56,6 +56,7 @@ def test_what_a_run_leaves(finished):
     assert figures.items() <= line.items()  # the model, and its predictions, are those of the better network
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_same_figures(finished, tmp_path):
     output, _ = finished
     found = []
@@ -91,6 +92,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert distance(alone, shared) < 1e-3 * distance(alone, before)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     untouched, output = tmp_path / "untouched", tmp_path / "killed"
     finish(untouched, 1, "detect.py")

@@ -14,7 +14,7 @@ from torch import nn
 import dg_timm
 from dg_timm.graph.stage import graph_stages
 from tests.helpers.imports import quietly_import
-from tests.helpers.networks import FAMILIES, static_and_dynamic
+from tests.helpers.networks import FAMILIES, QUICK_FAMILIES, static_and_dynamic
 from tests.helpers.publishing import small
 from tests.helpers.scripts import python
 
@@ -51,7 +51,7 @@ def same_network(theirs, ours):
         torch.testing.assert_close(theirs(images()).logits, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_transformers_reads_what_we_publish(name, transformers, hub):
     model = small(name)
     dg_timm.push_to_hub(model, "lab/net", label_names=LABELS)

@@ -8,7 +8,7 @@ import torch
 
 import dg_timm
 from dg_timm.graph.stage import graph_stages, routers
-from tests.helpers.networks import FAMILIES, gated_network, randomize, randomize_graph
+from tests.helpers.networks import QUICK_FAMILIES, gated_network, randomize, randomize_graph
 from tests.helpers.stages import images, make_stage
 
 
@@ -69,7 +69,7 @@ def test_what_leads_nowhere_is_not_run():
     assert convolved == []  # ... and does nothing else
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_it_scripts_exports_traces_and_trains(name):
     model = randomize(randomize_graph(timm.create_model(name, num_classes=4)))
     x = torch.randn(2, 3, 64, 64)

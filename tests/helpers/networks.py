@@ -1,5 +1,6 @@
 """Networks for tests. Norms always have non-trivial statistics: fresh ones hide mistakes."""
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ FAMILIES = [
     "dg_regnetx_002",
     "dg_regnety_002",
 ]
+# A basic block with a shortcut for node 0, and one with a new projection; the rest of the families in the slow suite
+QUICK = ("dg_resnet18", "dg_mobilenetv2_050")
+QUICK_FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 def randomize(model: nn.Module) -> nn.Module:

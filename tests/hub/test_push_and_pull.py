@@ -15,7 +15,7 @@ from dg_timm.hub.downloads import DownloadError
 from dg_timm.hub.planning import planned_files
 from dg_timm.hub.push import PublishError, push_folder
 from tests.helpers.hub import READER, STRANGER, WRITER
-from tests.helpers.networks import FAMILIES, ZOO
+from tests.helpers.networks import QUICK, ZOO
 from tests.helpers.publishing import logits, pull, small
 
 LABELS = [f"class {k}, 'quoted'" for k in range(10)]
@@ -34,9 +34,7 @@ def offline(monkeypatch):
 # --------------------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize(
-    "name", [*FAMILIES, *(pytest.param(n, marks=pytest.mark.slow) for n in ZOO if n not in FAMILIES)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in ZOO if n not in QUICK)])
 def test_there_and_back(name, hub, monkeypatch):
     model = small(name)
     done = dg_timm.push_to_hub(model, "lab/net", label_names=LABELS, data_config=DATA)

@@ -13,12 +13,12 @@ from dg_timm._errors import BadState, BadValue
 from dg_timm.graph.stage import routers
 from dg_timm.hub.config import write_config
 from dg_timm.hub.provenance import Provenance
-from tests.helpers.networks import FAMILIES, randomize, randomize_graph
+from tests.helpers.networks import QUICK_FAMILIES, randomize, randomize_graph
 from tests.helpers.publishing import contents, converted
 from tests.helpers.scripts import python
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_round_trip(name, tmp_path):
     model = randomize_graph(randomize(timm.create_model(name, num_classes=3))).to(memory_format=torch.channels_last)
     data_config = dict(

@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 
 import dg_timm
 from dg_timm.graph.stage import graph_stages, routers
-from tests.helpers.networks import FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
+from tests.helpers.networks import FAMILIES, QUICK_FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -98,7 +98,7 @@ def test_drop_path_reaches_the_blocks(name):
     assert not torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_compiles_whole_and_once_for_any_batch_content(name):
     torch._dynamo.reset()
     _, model = static_and_dynamic(name, num_classes=3)
@@ -122,7 +122,7 @@ def test_scripts_with_closed_edges(name):
         assert any((alpha.triu(1) == 0).sum() > alpha.numel() / 2 for alpha in dg_timm.adjacency(model, x).values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_exports_with_a_dynamic_batch(name):
     _, model = static_and_dynamic(name, num_classes=3)
     randomize_graph(model)

@@ -12,7 +12,7 @@ import dg_timm
 from dg_timm._errors import BadType, BadValue
 from dg_timm.benchmarks.table1 import TABLE_1
 from dg_timm.graph.stage import DGStage, graph_stages
-from tests.helpers.networks import FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
+from tests.helpers.networks import FAMILIES, QUICK_FAMILIES, ZOO, randomize, randomize_graph, static_and_dynamic
 from tests.helpers.scripts import python
 
 
@@ -77,7 +77,7 @@ def test_the_default_is_the_mean_of_predecessors(name):
         torch.testing.assert_close(alpha.sum(1)[:, 1:], torch.ones_like(alpha[:, 0, 1:]))  # each node's input weights
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_a_static_checkpoint_is_the_identity_by_every_way(name, tmp_path):
     static, by_filter = static_and_dynamic(name)
     path = tmp_path / "static.pt"
@@ -106,7 +106,7 @@ def test_in_chans_and_num_classes_adapt_as_in_timm(name):
     assert dynamic(x).shape == (1, 4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_own_options_survive_save_and_load(name, tmp_path):
     model = timm.create_model(name, edge_scale=False, block_shortcut=False, num_classes=3, in_chans=1)
     randomize_graph(model).eval()

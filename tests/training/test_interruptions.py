@@ -69,6 +69,7 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(tmp_path, processes):
     assert state(tmp_path / "killed", processes) == state(tmp_path / "untouched", processes)
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on_where_it_was(tmp_path):
     """Stopped in the midst of an epoch of a stream: the same weights as without the stop."""
     train_shards, val_shards = shards(tmp_path / "train", count=3, rows=16), shards(tmp_path / "val", count=1, rows=10)
