@@ -6,7 +6,7 @@
 # has other modules after scripting than before, although nothing was assigned. The stand-in therefore has to be a full
 # substitute in eager mode: state dict, hooks, training and isinstance checks.
 #
-# Seen: "before: Chosen, after: StandIn; the scripted program ran StandIn".
+# Seen: "before: Chosen, after: StandIn; eager gave 2 and gives 1, the scripted program gives 1".
 # Fails if the eager model keeps its module.
 set -euo pipefail
 folder=$(mktemp -d)

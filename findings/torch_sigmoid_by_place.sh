@@ -6,7 +6,7 @@
 # torch.tanh and 1 / (1 + torch.exp(-x)) give every number the same bits wherever it stands. Who promises that an image
 # is predicted alike in any batch must not use torch.sigmoid on rows that do not fill vectors.
 #
-# Seen on x86-64 (AVX2 and AVX-512): "torch.sigmoid: 2 results for one number; torch.exp: 1; torch.tanh: 1".
+# Seen on x86-64: "torch.sigmoid: 2; torch.exp: 1; torch.tanh: 1; 1 / (1 + torch.exp(-x)): 1 results for one number".
 # Fails if torch.sigmoid gives one result, or another of these functions two.
 set -euo pipefail
 folder=$(mktemp -d)
