@@ -66,6 +66,7 @@ def choose_cascade(
     (0.5,)
     """
     require_gates(model)
+    check_aim(target_cost, max_drop)
     observed = {budget: observe_budget(model, batches, budget) for budget in check_budgets(budgets)}
     choice = choose_among(observed, target_cost=target_cost, max_drop=max_drop)
     set_choice(model, choice)
@@ -76,13 +77,7 @@ def choose_among(
     observed: Mapping[float, Observed], *, target_cost: float | None = None, max_drop: float | None = None
 ) -> BudgetChoice:
     """As :func:`choose_cascade`, from what was observed at each budget."""
-    if (target_cost is None) == (max_drop is None):
-        raise BadValue("give either target_cost or max_drop")
-    aim = target_cost if max_drop is None else max_drop
-    if isinstance(aim, bool) or not isinstance(aim, (int, float, np.number)) or not 0 <= aim < math.inf:
-        raise BadValue(
-            f"{'max_drop' if target_cost is None else 'target_cost'} must be a number from 0 on, got {aim!r}"
-        )
+    aim = check_aim(target_cost, max_drop)
     if any(len(of_budget.right) < len(of_budget.costs) for of_budget in observed.values()):
         raise BadValue("images without labels: give (images, labels) to choose by accuracy")
     ascending = dict(sorted(observed.items()))
@@ -90,11 +85,23 @@ def choose_among(
     if target_cost is None:
         whole = next(choice.top1 for choice in choices if choice.budgets == (max(ascending),))
         return min((c for c in choices if c.top1 >= whole - aim - 1e-9), key=lambda choice: choice.cost)
-    within = [choice for choice in choices if choice.cost <= target_cost]
+    within = [choice for choice in choices if choice.cost <= aim]
     if not within:
         least = min(choice.cost for choice in choices)
-        raise BadValue(f"no budget costs {target_cost:g} or less; the lowest costs {least:.3f}")
+        raise BadValue(f"no budget costs {aim:g} or less; the lowest costs {least:.3f}")
     return max(within, key=lambda choice: (choice.top1, -choice.cost))
+
+
+def check_aim(target_cost: float | None, max_drop: float | None) -> float:
+    """Give the one of both that is a number; raise BadValue for none, two, or what is no number from 0 on."""
+    if (target_cost is None) == (max_drop is None):
+        raise BadValue("give either target_cost or max_drop")
+    aim = target_cost if max_drop is None else max_drop
+    if isinstance(aim, bool) or not isinstance(aim, (int, float, np.number)) or not 0 <= aim < math.inf:
+        raise BadValue(
+            f"{'max_drop' if target_cost is None else 'target_cost'} must be a number from 0 on, got {aim!r}"
+        )
+    return float(aim)
 
 
 def set_choice(model: nn.Module, choice: BudgetChoice) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from dg_timm._errors import BadState, BadValue
 from dg_timm._files import atomic_path, atomic_write
 from dg_timm._tables import markdown_table
+from dg_timm.analysis.counting import count_costs
 from dg_timm.budget.fixed import leave_out, rarely_run
 from dg_timm.cli.errors import cli_errors
 from dg_timm.conversion.convert import dynamize
@@ -98,11 +100,32 @@ def _write_without_rare(store: TrialStore, start: Trial, gated: Result, folder: 
     save_pretrained(plain, folder)
 
 
-def collect_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Make a row for every network and seed, with two for a range: its highest and its lowest budget."""
+def share_of_static(result: Result, static_name: str) -> float:
+    """Multiply-adds of a fixed network's blocks relative to the static network with all of them.
+
+    What a fixed network costs by itself is relative to the static network without the blocks that it lacks.
+
+    Raises:
+        BadState: if the network was deleted.
+    """
+    if not result.network.exists():
+        raise BadState(f"{result.network} is gone, and says which blocks were left out; run without --collect")
+    model = networks.create(str(result.network))
+    size = model.pretrained_cfg["input_size"]
+    whole = timm.create_model(f"dg_{static_name}", num_classes=model.num_classes, device="meta")
+    return count_costs(model, size).static_total / count_costs(whole, size).static_total
+
+
+def collect_rows(results: Sequence[Result], shares: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Make a row for every network and seed, with two for a range: its highest and its lowest budget.
+
+    Args:
+        results: of finished trials.
+        shares: of fixed networks by their trial's folder, as :func:`share_of_static` gives them.
+    """
     rows = []
     for result in results:
-        figures = result.figures
+        figures, share = result.figures, shares.get(result.trial.folder, 1.0)
         for end in ("", _RANGE_END) if f"eval_top1{_RANGE_END}" in figures else ("",):
             rows.append(
                 {
@@ -110,8 +133,9 @@ def collect_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                     "seed": result.trial.seed,
                     **{
                         key: figures.get(f"eval_{key}{end}", default)
-                        for key, default in (("top1", None), ("loss", None), ("cost", 1.0), ("spread", 0.0))
+                        for key, default in (("top1", None), ("loss", None), ("spread", 0.0))
                     },
+                    "cost": share * figures.get(f"eval_cost{end}", figures.get("cost", 1.0)),
                 }
             )
     return rows
@@ -184,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = [result for result in results if result.trial.name != "start"]
     if not found:
         raise BadState(f"no trial is finished in {args.results}; run without --collect")
-    rows = collect_rows(found)
+    shares = {r.trial.folder: share_of_static(r, args.model) for r in found if r.trial.name.startswith("fixed")}
+    rows = collect_rows(found, shares)
     write_csv(args.results / "skipping.csv", rows)
     text = write_table(rows, "static")
     atomic_write(args.results / "skipping.md", text)

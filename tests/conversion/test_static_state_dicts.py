@@ -203,9 +203,7 @@ def test_below_a_parent_another_architecture_changes_nothing(other, name, parent
     _, dynamic = networks(name, parent)
     given = PARENTS[parent](copy.deepcopy(made(other))).state_dict()
     before = state_of(dynamic)
-    with pytest.raises(
-        UserError, match=r"does not fit|is of another architecture than DG.*: .*Nothing .*was loaded"
-    ):
+    with pytest.raises(UserError, match=r"does not fit|is of another architecture than DG.*: .*Nothing .*was loaded"):
         dynamic.load_state_dict(given, strict=strict)
     assert_unchanged(dynamic, before, [key for key in before if "extra" not in key])  # a parent's own is the parent's
 

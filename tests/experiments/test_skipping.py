@@ -1,5 +1,6 @@
 """Gates, ranges and fixed networks beside the static one: which trials there are, and what is made of their figures."""
 
+import json
 import math
 from pathlib import Path
 
@@ -39,9 +40,10 @@ def test_a_range_has_two_rows_and_differences_are_of_the_same_seeds():
                               "eval_spread@0.6": 0.05}),
         result("gates-0.7", 1, eval_top1=91.5, eval_loss=0.2, eval_cost=0.71, eval_spread=0.02),
     ]  # fmt: skip
-    listed = collect_rows(found)
-    assert [row["network"] for row in listed] == ["static", "static", "range", "range@0.6", "gates-0.7"]
-    assert [row["cost"] for row in listed] == [1.0, 1.0, 0.9, 0.65, 0.71]
+    found.append(result("fixed-0.7", 1, eval_top1=91.0, eval_loss=0.2, cost=1.01))  # no cost was aimed at
+    listed = collect_rows(found, {"fixed-0.7-1": 0.7})
+    assert [row["network"] for row in listed] == ["static", "static", "range", "range@0.6", "gates-0.7", "fixed-0.7"]
+    assert [row["cost"] for row in listed] == pytest.approx([1.0, 1.0, 0.9, 0.65, 0.71, 0.707])
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in write_table(listed, "static").splitlines()[2:]}  # fmt: skip
     assert lines["static"] == ["1.000", "0.000", "91.00", "", "0.300", "2"]
@@ -61,4 +63,7 @@ def test_from_weights_to_the_table(tmp_path):
     table = rows(tmp_path / "results" / "skipping.csv")
     assert [row["network"] for row in table] == ["static", "gates-0.8", "range", "range@0.6", "fixed-0.8"]
     assert all(math.isfinite(float(row["loss"])) for row in table)
+    left_out = json.loads((tmp_path / "out" / "gates-0.8-0-rare" / "config.json").read_text(encoding="utf-8"))
+    is_whole = not left_out["model_args"].get("skipped_blocks")
+    assert (float(table[-1]["cost"]) > 1) == is_whole  # relative to the static network with all blocks
     assert (tmp_path / "results" / "skipping.png").stat().st_size > 1000
