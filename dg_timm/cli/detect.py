@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     config.add_augmentation_options(parser)
     config.add_detector_options(parser)
     training_options.add_optimization_options(parser)
+    training_options.add_cost_options(parser.add_argument_group("cost"))
     config.add_result_options(parser)
     args = parse_with_recipe(parser, argv, RECIPES)
     if args.output is None and args.evaluate is None:

@@ -25,6 +25,7 @@ from dg_timm.training.run.classification import build_classification
 from dg_timm.training.run.lifecycle import run_command, run_training
 from dg_timm.training.run.preview import dry_run, summarize_data
 from dg_timm.training.run.recipes import parse_with_recipe
+from dg_timm.training.run.targets import compiles_whole
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -59,7 +60,7 @@ def main() -> int:
         elif accelerator.is_main_process:
             dry_run(args, accelerator)
 
-    return run_command(args, work, compile=args.compile)
+    return run_command(args, work, compile=compiles_whole(args))
 
 
 if __name__ == "__main__":

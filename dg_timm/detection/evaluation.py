@@ -5,6 +5,7 @@ pycocotools through torchmetrics in the main process. Batches are filled up to o
 processes, so that an image's detections don't depend on who shared its batch.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from dg_timm._errors import BadValue, MissingPackage
 from dg_timm._modes import evaluating
+from dg_timm.analysis.counting import Costs, recorded_cost
+from dg_timm.analysis.recorder import recording
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, ImageAnnotations
 from dg_timm.detection.data.loading import DetectionBatch
 from dg_timm.training.loop.report import Metric
@@ -36,12 +39,14 @@ class Detections(NamedTuple):
         boxes: (n, 4) float32, [left, top, right, bottom] in pixels.
         scores: (n,) float32, 0..1.
         labels: (n,) int64, from 1 on.
+        cost: of the backbone, relative to the static one; nan where it was not counted.
     """
 
     row: int
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    cost: float = math.nan
 
 
 class ClassAP(NamedTuple):
@@ -66,7 +71,7 @@ class APResult(NamedTuple):
 
     Attributes:
         overall: by the names of ``METRICS``. A size of which there is no box is left out; AP is nan where there is no
-            box at all.
+            box at all. After :func:`evaluate_detector` also ``cost`` and ``spread``, if costs were counted.
         classes: one entry for each class.
     """
 
@@ -76,10 +81,11 @@ class APResult(NamedTuple):
 
 @torch.inference_mode()
 def collect_detections(
-    detector: nn.Module,
+    detector: Any,
     batches: Iterable[DetectionBatch],
     accelerator: Accelerator,
     stop: Callable[[], bool] = lambda: False,
+    costs: Costs | None = None,
 ) -> list[Detections]:
     """Run a detector and gather what it finds.
 
@@ -88,23 +94,31 @@ def collect_detections(
             after an exception.
         batches: those of this process.
         stop: if ``stop()`` becomes true, the rest is left out.
+        costs: of its backbone (:func:`dg_timm.analysis.counting.count_costs`), a dynamic one in dense execution;
+            without them none are added up.
 
     Returns:
         In the main process, the detections of all images of all processes, in the order of the split; in the others
         nothing.
     """
     kept: list[Detections] = []
+    body: Any = detector.backbone.body if costs is not None else None
     with evaluating(detector):
         for batch in batches:
             if stop():
                 break
             batch = batch.move_to(accelerator.device, torch.contiguous_format)
-            with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
+            precision = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
+            with precision, recording(body) if costs is not None else nullcontext() as recorder:
                 found = detector(batch.images)
-            for counts, (_, row), one in zip(batch.sample_mask.tolist(), batch.rows.tolist(), found, strict=True):
+            of_images = [math.nan] * len(found)
+            if costs is not None and recorder is not None:
+                of_images = recorded_cost(body, recorder, costs).tolist()
+            counted = zip(batch.sample_mask.tolist(), batch.rows.tolist(), found, of_images, strict=True)
+            for counts, (_, row), one, cost in counted:
                 if counts:
                     boxes, scores = (one[key].float().cpu().numpy() for key in ("boxes", "scores"))
-                    kept.append(Detections(row, boxes, scores, one["labels"].cpu().numpy()))
+                    kept.append(Detections(row, boxes, scores, one["labels"].cpu().numpy(), cost))
     everything = gather_object(kept) if accelerator.num_processes > 1 else kept
     return sorted(everything, key=lambda one: one.row) if accelerator.is_main_process else []
 
@@ -116,11 +130,12 @@ def evaluate_detector(
     categories: Categories,
     accelerator: Accelerator,
     stop: Callable[[], bool] = lambda: False,
+    costs: Costs | None = None,
 ) -> tuple[APResult, list[Detections]]:
     """Run a detector over a split and judge what it finds.
 
     Args:
-        detector, batches, stop: as in :func:`collect_detections`.
+        detector, batches, stop, costs: as in :func:`collect_detections`.
         split: the images and the truth.
         categories: the classes.
 
@@ -131,20 +146,28 @@ def evaluate_detector(
         BadValue: there is no image to judge.
         MissingPackage: torchmetrics or pycocotools is not installed.
     """
-    found = collect_detections(detector, batches, accelerator, stop)
+    found = collect_detections(detector, batches, accelerator, stop, costs)
     shared: list[APResult | None] = [None]
     failure: Exception | None = None
     if accelerator.is_main_process and not stop():
         try:
-            shared[0] = average_precision(found, split, categories)
+            result = average_precision(found, split, categories)
+            shared[0] = result._replace(overall={**result.overall, **_cost_figures(found)})
         except Exception as error:  # raised below: the other processes wait for the broadcast
             failure = error
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
     if failure is not None:
         raise failure
-    stopped = APResult({name: float("nan") for name in METRICS}, [])
+    names = [*METRICS, *(["cost", "spread"] if costs is not None else [])]
+    stopped = APResult(dict.fromkeys(names, math.nan), [])
     return shared[0] or stopped, found
+
+
+def _cost_figures(found: Sequence[Detections]) -> dict[str, float]:
+    """The mean cost of the images, and its spread between them; nothing where it was not counted."""
+    of_images = np.array([one.cost for one in found])
+    return {} if np.isnan(of_images).all() else {"cost": float(of_images.mean()), "spread": float(of_images.std())}
 
 
 def average_precision(found: Sequence[Detections], split: DetectionSplit, categories: Categories) -> APResult:

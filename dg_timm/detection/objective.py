@@ -31,7 +31,7 @@ class DetectionObjective:
                 not on how many processes share an update.
             others: further numbers that the trainer passes; ignored.
         """
-        counted = batch.sample_mask.nonzero()[:, 0].tolist() or [0]
+        counted = batch.passing
         with seeded(self.seed, update, *(int(batch.rows[k, 1]) + 1 for k in counted)):
             losses = model([batch.images[k] for k in counted], [batch.targets[k] for k in counted])
         total = torch.stack([loss.float() for loss in losses.values()]).sum()

@@ -15,10 +15,14 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from dg_timm._errors import BadValue
 from dg_timm.cli import detect as cli
 from dg_timm.detection.run.saved import evaluate_saved
+from dg_timm.detection.run.task import build_detection_task
 from dg_timm.detection.saving import load_detector
+from dg_timm.graph.gate import gates
 from dg_timm.training.loop.distributed import InterruptFlag
+from dg_timm.training.loop.optimization import BatchSplit
 from tests.helpers.detection import TINY, write_coco
 from tests.helpers.scripts import rows, run
 from tests.training.kill_and_resume import finish, kill, start, state
@@ -54,6 +58,36 @@ def test_what_a_run_leaves(finished):
     again = run("detect.py", "--evaluate", output / "model", *TINY[:2], "--val-limit", 7, "--workers", 0)
     line = json.loads(next(row for row in again.stdout.splitlines() if row.startswith("{")))
     assert figures.items() <= line.items()  # the model, and its predictions, are those of the better network
+
+
+def test_a_backbone_learns_to_skip(tmp_path):
+    """Its cost is that of what evaluates."""
+    towards = (*TINY, "--cost-ramp", 0, "--gate-lr-scale", 300, "--epochs", 1)
+    process = run("detect.py", *towards, "--target-cost", 0.7, "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert "backbone: 4 of 4 blocks have a gate" in process.stdout
+    (row,) = rows(tmp_path / "run" / "summary.csv")
+    excess = max(0.0, float(row["eval_cost"]) - 0.7)
+    assert float(row["eval_value"]) == pytest.approx(float(row["eval_AP"]) - 100 * excess)
+    assert (
+        process.stdout.strip()
+        .splitlines()[-1]
+        .startswith(f"cost aimed at: 0.7 (it costs {float(row['eval_cost']):.3f})")
+    )
+    figures = json.loads((tmp_path / "run" / "figures.json").read_text(encoding="utf-8"))
+    assert figures["cost"] == float(row["eval_cost"]) < 1
+    detector = load_detector(str(tmp_path / "run" / "model"))
+    assert len(gates(detector.backbone.body)) == 4
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [((0.2,), "--target-cost 0.2 can't be reached"), ((0.7, 1), "takes one cost for a detector")],
+)
+def test_targets_that_are_refused(targets, message):
+    args = cli.parse([str(word) for word in (*TINY, "--target-cost", *targets)])
+    with pytest.raises(BadValue, match=message):
+        build_detection_task(args, Accelerator(cpu=True), BatchSplit(4, 4, 1, 1))
 
 
 @pytest.mark.slow

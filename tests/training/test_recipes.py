@@ -31,6 +31,14 @@ def test_bad_recipes(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_price_needs_a_target(tmp_path, capsys):
+    for words in (["--cost-weight", "20"], [*recipe(tmp_path, "cost_noise: 0.5"), "--cost-ramp=0"]):
+        with pytest.raises(SystemExit):
+            script.parse(words)
+        assert "nothing has a price without --target-cost; give it, too" in capsys.readouterr().err
+        assert script.parse([*words, "--target-cost", "0.7"]).target_cost == [0.7]
+
+
 def recipe(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     return "--recipe", str(tmp_path / "recipe.yaml")

@@ -165,6 +165,19 @@ def test_a_compiled_run(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_blocks_compile_where_a_cost_is_learned(tmp_path):
+    """The gates learn as without: a cost is seen that falls, and the checkpoint knows nothing of compilation."""
+    process = train("--model", "dg_test_resnet", *TINY, "--train-limit", 64, "--val-limit", 40, "--epochs", 2,
+                    "--compile", "--target-cost", 0.7, "--cost-ramp", 0, "--gate-lr-scale", 300, "--ema-decay", 0.9,
+                    "--output", tmp_path / "run", timeout=580)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert float(rows(tmp_path / "run" / "summary.csv")[-1]["train_cost"]) < 0.95
+    assert set(load_file(tmp_path / "run" / "model" / "model.safetensors")) == set(
+        networks.create("dg_test_resnet", num_classes=10, gates=True).state_dict()
+    )
+
+
 def test_a_gray_image_has_one_channel(tmp_path):
     """The stem, the preprocessing and the saved model agree on it."""
     output = tmp_path / "r"

@@ -42,6 +42,12 @@ class DetectionBatch(NamedTuple):
     unreadable: list[str]
     row_errors: list[str]
 
+    @property
+    def passing(self) -> list[int]:
+        """Which images pass the detector in training: those that count; if none counts, one, which has gradients."""
+        found: list[int] = self.sample_mask.nonzero()[:, 0].tolist()
+        return found or [0]
+
     def masked_out(self) -> "DetectionBatch":
         """Return the same images, none of which counts."""
         return self._replace(sample_mask=torch.zeros_like(self.sample_mask), unreadable=[], row_errors=[])

@@ -16,7 +16,10 @@ from dg_timm.detection.data.loading import Augmentation, DetectionCollate, Detec
 from dg_timm.detection.detectors import DetectorConfig, create_detector
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank
+from dg_timm.training.run import networks
 from dg_timm.training.run.build_data import limit
+from dg_timm.training.run.fine_tuning import freeze_thresholds
+from dg_timm.training.run.targets import compile_blocks, compiles_whole
 
 VAL_BATCH = 1  # an image alone is not padded, so its detections don't depend on another image's size
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,6 +112,9 @@ def build_detector(args: argparse.Namespace, categories: Categories, accelerator
     Raises:
         BadValue: the detector or its backbone can't be built, or does not offer an option.
     """
+    kwargs = args.model_kwargs
+    if args.target_cost is not None and networks.is_dynamic(args.model):
+        kwargs = {"gates": True} | kwargs
     detector = create_detector(
         args.detector,
         args.model,
@@ -123,10 +129,12 @@ def build_detector(args: argparse.Namespace, categories: Categories, accelerator
         ),
         pretrained=args.pretrained,
         initial_checkpoint=args.initial_checkpoint,
-        model_kwargs=args.model_kwargs,
+        model_kwargs=kwargs,
         seed=args.seed,
     )
     freeze_backbone(detector, args.freeze_levels, args.freeze_norm)
+    if args.target_cost is not None:
+        freeze_thresholds(detector)
     if args.sync_bn:
         if accelerator.device.type != "cuda":
             raise BadValue("--sync-bn needs GPUs")
@@ -150,4 +158,6 @@ def apply_run_options(detector: Any, args: argparse.Namespace) -> None:
         detector.to(memory_format=torch.channels_last)
         backbone.layout = torch.channels_last
     backbone.precision = _PRECISIONS[args.mixed_precision]
-    backbone.compiled = args.compile
+    backbone.compiled = compiles_whole(args)
+    if args.compile and args.target_cost is not None:
+        compile_blocks(backbone.body)

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dg_timm._errors import BadValue
+from dg_timm.analysis.counting import count_costs
 from dg_timm.detection.data.boxes import Categories
 from dg_timm.detection.evaluation import evaluate_detector
 from dg_timm.detection.run.build import apply_run_options, check_extras, load_data, make_eval_loader
@@ -37,14 +38,23 @@ def evaluate_saved(args: argparse.Namespace, accelerator: Accelerator, stop: Int
     splits = load_data(args, accelerator, known)
     apply_run_options(detector, args)
     detector.to(accelerator.device)
+    costs = None
     if graph_stages(detector):
-        set_execution(detector.backbone.body, args.execution)
+        body, side = detector.backbone.body, detector.config["options"]["min_size"][-1]
+        set_execution(body, args.execution)
+        costs = count_costs(body, (3, side, side)) if args.execution == "dense" else None
     elif args.execution != "dense":
         raise BadValue(f"--execution {args.execution}: the backbone {detector.config['backbone']} is static")
     loader = make_eval_loader(splits.test, args, accelerator)
     start = time.perf_counter()
     result, found = evaluate_detector(
-        detector, loader.epoch(0), splits.test, splits.categories, accelerator, lambda: stop.signal is not None
+        detector,
+        loader.epoch(0),
+        splits.test,
+        splits.categories,
+        accelerator,
+        lambda: stop.signal is not None,
+        costs,
     )
     seconds = time.perf_counter() - start
     if HostAllReduce().any(stop.signal is not None):

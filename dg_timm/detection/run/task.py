@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,8 +17,10 @@ from dg_timm.detection.run.build import build_detector, check_extras, load_data,
 from dg_timm.detection.run.results import write_results
 from dg_timm.detection.saving import save_detector, write_detector_config
 from dg_timm.graph.stage import graph_stages
+from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit
 from dg_timm.training.loop.report import Row
+from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
 from dg_timm.training.run.task import TrainingTask
 
 _GRAPH_IMAGES = 8  # over which the statistics of the graph are averaged after every epoch
@@ -41,13 +44,26 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
     sample = []
     if accelerator.is_main_process and graph_stages(detector):
         sample = [row[0].to(accelerator.device) for row in val_loader.sample_rows(_GRAPH_IMAGES)]
+    updates_per_epoch = splits.train.size // split.images
+    objective: Callable[..., Losses] = DetectionObjective(args.seed)
+    costs, target, metric = None, args.target_cost, AP
+    if target is not None:
+        if len(target) > 1:
+            raise BadValue("--target-cost takes one cost for a detector; a range of budgets is for classifiers")
+        body, size = detector.backbone.body, (3, args.min_size[-1], args.min_size[-1])
+        objective = with_cost_target(args, objective, body, size, args.updates or args.epochs * updates_per_epoch)
+        accelerator.print(f"backbone: {describe_gates(body, objective.expected.minimum)}")
+        costs, metric = objective.expected.costs, value_of(AP)
     found: dict[nn.Module, tuple[APResult, list[Detections]]] = {}  # of the last evaluation, by network
 
     def evaluate(candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
-        found[candidate] = evaluate_detector(
-            candidate, val_loader.epoch(0), splits.test, splits.categories, accelerator, stopping
-        )
-        return dict(found[candidate][0].overall)
+        def judge() -> Row:
+            found[candidate] = evaluate_detector(
+                candidate, val_loader.epoch(0), splits.test, splits.categories, accelerator, stopping, costs
+            )
+            return dict(found[candidate][0].overall)
+
+        return judge() if target is None else evaluate_targets(target, AP, judge)
 
     def export(best: nn.Module, row: Row, epochs: int, average: bool) -> None:
         output = Path(args.output)
@@ -66,14 +82,15 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
 
     return TrainingTask(
         model=detector,
-        objective=DetectionObjective(args.seed),
+        objective=objective,
         loader=loader,
         val_loader=val_loader,
-        updates_per_epoch=splits.train.size // split.images,
+        updates_per_epoch=updates_per_epoch,
         evaluate=evaluate,
-        metric=AP,
+        metric=metric,
         observe=lambda candidate: detector_statistics(candidate, sample),
         write_config=write_detector_config,
         export=export,
+        conclude=partial(conclude, target),
         images=f"{splits.train.size} images, {splits.train.boxes} boxes of {len(splits.categories.names)} classes",
     )

@@ -35,6 +35,11 @@ class Batch(NamedTuple):
     unreadable: list[str]
     row_errors: list[str]
 
+    @property
+    def passing(self) -> slice:
+        """Which images pass the network in training: all."""
+        return slice(None)
+
     def masked_out(self) -> "Batch":
         """Return the same images, none of which counts."""
         return self._replace(sample_mask=torch.zeros_like(self.sample_mask), unreadable=[], row_errors=[])

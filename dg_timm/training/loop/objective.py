@@ -4,7 +4,7 @@ An objective gives a number for each image, so that losses can be masked and sum
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class CostTarget:
         expected: ExpectedCost,
         *,
         targets: tuple[float, float],
-        weight: float = 20.0,
+        weight: float = 100.0,
         ramp: int = 0,
         noise: float = 0.0,
         noise_until: int = 0,
@@ -79,10 +79,16 @@ class CostTarget:
         """Return the scale of the noise for an update, counted from 0."""
         return 0.0 if update >= self.noise_until else self.noise * (1 - update / self.noise_until)
 
-    def __call__(self, model: nn.Module, batch: Batch, update: int, *others: int) -> Losses:
-        """Compute the losses of a batch; ``update`` counts from 0 and ``others`` seed the noise together with it."""
+    def __call__(self, model: nn.Module, batch: Any, update: int, *others: int) -> Losses:
+        """Compute the losses of a batch, of images or of annotated ones.
+
+        Args:
+            update: counts from 0; it seeds the noise, together with ``others``.
+        """
         generator = np.random.default_rng((self.seed, update, *others))
-        size = len(batch.sample_mask)
+        passing = batch.passing
+        mask = batch.sample_mask[passing]
+        size = len(mask)
         groups, targets = self._draw_targets(generator, size, update)
         budgets = None if self.targets[0] == self.targets[1] else targets
         noise, seed = self.noise_at(update), int(generator.integers(2**31))
@@ -91,14 +97,13 @@ class CostTarget:
         cost, skipped = costs()
         price = torch.zeros_like(cost)
         for group in range(int(groups.max()) + 1):
-            mask = batch.sample_mask * (groups == group).to(cost)
-            counted = mask.sum().clamp(min=1)
-            above = ((cost - targets.to(cost)) * mask).sum() / counted
+            own = mask * (groups == group).to(cost)
+            above = ((cost - targets.to(cost)) * own).sum() / own.sum().clamp(min=1)
             price = price + above.clamp(min=0).square() * (groups == group).to(cost)
-        counted = batch.sample_mask.sum().clamp(min=1)
-        mean = ((cost * batch.sample_mask).sum() / counted).detach()
+        mean = ((cost * mask).sum() / mask.sum().clamp(min=1)).detach()
         shown = {"cost": cost.detach(), "skipped": 100 * skipped, "spread": (cost.detach() - mean).abs()}
-        return Losses(losses.loss + self.weight * price, {**losses.metrics, **shown})
+        shown = {name: _of_batch(value, batch) for name, value in shown.items()}
+        return Losses(losses.loss + self.weight * _of_batch(price, batch), {**losses.metrics, **shown})
 
     def _draw_targets(self, generator: np.random.Generator, size: int, update: int) -> tuple[Tensor, Tensor]:
         """Give the group and the target of every image: (batch,) int64 and (batch,) float32."""
@@ -109,6 +114,12 @@ class CostTarget:
         between = torch.from_numpy(generator.uniform(low, high, size)).float()
         targets = torch.where(groups == 0, low, torch.where(groups == 1, high, between))
         return groups, targets
+
+
+def _of_batch(values: Tensor, batch: Any) -> Tensor:
+    """Give the values of a batch, given those of its images that pass the network; 0 for the others."""
+    found = values.new_zeros(len(batch.sample_mask))
+    return found.index_put((torch.arange(len(found), device=found.device)[batch.passing],), values)
 
 
 class ClassificationObjective:

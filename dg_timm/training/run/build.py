@@ -12,12 +12,12 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 from dg_timm._errors import BadValue
-from dg_timm.budget.expected_cost import ExpectedCost
 from dg_timm.conversion.state_dict import is_identity
 from dg_timm.training.loop import optimization
-from dg_timm.training.loop.objective import ClassificationObjective, CostTarget
+from dg_timm.training.loop.objective import ClassificationObjective
 from dg_timm.training.run import fine_tuning, networks
 from dg_timm.training.run.build_data import data_config_of
+from dg_timm.training.run.targets import compile_blocks
 
 
 class Network(NamedTuple):
@@ -122,53 +122,9 @@ def _lay_out(model: Any, args: argparse.Namespace, accelerator: Accelerator) -> 
         model.set_grad_checkpointing(True)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if args.compile and args.target_cost is not None:
+        compile_blocks(model)
     return model
-
-
-def with_cost_target(args: argparse.Namespace, network: Network, updates: int) -> Any:
-    """Return the objective of a network; with --target-cost it also puts a price on the network's cost.
-
-    Args:
-        args: options of a training.
-        network: what is trained.
-        updates: of the whole training.
-
-    Raises:
-        BadValue: if the network is static, or no target or range that it can reach is given.
-    """
-    if args.target_cost is None:
-        return network.objective
-    if args.compile:
-        raise BadValue("--target-cost looks into the graph as it runs, which --compile hides; leave one of them out")
-    expected = ExpectedCost(network.model, network.data_config["input_size"])
-    return CostTarget(
-        network.objective,
-        expected,
-        targets=cost_targets(args, expected.minimum),
-        weight=args.cost_weight,
-        ramp=round(args.cost_ramp * updates),
-        noise=args.cost_noise,
-        noise_until=round(args.cost_quiet * updates),
-        seed=args.seed,
-    )
-
-
-def cost_targets(args: argparse.Namespace, minimum: float) -> tuple[float, float]:
-    """Check --target-cost, one cost or a range; ``minimum`` is what the network costs if it skips all that it can.
-
-    Raises:
-        BadValue: for a range the wrong way round, or a target below the minimum.
-    """
-    low, high = args.target_cost[0], args.target_cost[-1]
-    if len(args.target_cost) > 2 or low > high:
-        given = " ".join(f"{cost:g}" for cost in args.target_cost)
-        raise BadValue(f"--target-cost takes one cost, or the lowest and the highest of a range, got {given}")
-    if low <= minimum:
-        raise BadValue(
-            f"--target-cost {low:g} can't be reached: {args.model} costs {minimum:.3f} if every image skips every "
-            "block (stem, projections and head always run); aim above that"
-        )
-    return low, high
 
 
 def build_optimization(

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,6 @@ from dg_timm._hardware import describe_hardware
 from dg_timm._version import __version__
 from dg_timm.analysis.counting import Costs, count_costs
 from dg_timm.budget.curve import keep_curve, measure_budgets
-from dg_timm.graph.context import requesting
-from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
@@ -26,20 +25,18 @@ from dg_timm.training.data.loader import Loader, sample_images
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
-from dg_timm.training.loop.objective import CostTarget
+from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
-from dg_timm.training.loop.report import TOP1, Metric, Row
-from dg_timm.training.run.build import Network, build_network, with_cost_target
+from dg_timm.training.loop.report import TOP1, Row
+from dg_timm.training.run.build import Network, build_network
 from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
 from dg_timm.training.run.fine_tuning import save_model
 from dg_timm.training.run.networks import read_config
+from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
 from dg_timm.training.run.task import TrainingTask
 
-# A point of top-1 is worth a hundredth of the static network's cost: a network that is too dear is not the best.
-VALUE = Metric("value", "top-1 (%) less 100 x (cost - target)")
 VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
-COST_TOLERANCE = 0.01  # above its target a cost counts as reached
 CURVE_POINTS, CURVE_IMAGES = 6, 512  # of the curve of budgets that is saved with a network
 GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
 
@@ -68,8 +65,10 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     val_batch = args.val_batch_size or VAL_BATCH
     val_loader = make_loader(splits.test, args, transforms[1], names, val_batch, accelerator, config, training=False)
     updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
-    objective = with_cost_target(args, network, args.updates or args.epochs * updates_per_epoch)
-    if isinstance(objective, CostTarget):
+    objective: Callable[..., Losses] = network.objective
+    if args.target_cost is not None:
+        updates = args.updates or args.epochs * updates_per_epoch
+        objective = with_cost_target(args, objective, network.model, config["input_size"], updates)
         accelerator.print(describe_gates(network.model, objective.expected.minimum))
     evaluation = _Evaluation(args, network, val_loader, accelerator)
     output = _Output(args, network, splits, evaluation)
@@ -86,12 +85,12 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluation.evaluate,
-        metric=TOP1 if args.target_cost is None else VALUE,
+        metric=TOP1 if args.target_cost is None else value_of(TOP1),
         observe=evaluation.observe,
         write_config=output.write_config,
         export=output.export,
         images=f"{rows} images, {num_classes} classes",
-        conclude=evaluation.conclude,
+        conclude=partial(conclude, args.target_cost),
         on_epoch=on_epoch,
         fixed_norms=args.freeze_norm,
     )
@@ -108,15 +107,6 @@ def describe_start(network: Network) -> str:
     stages = graph_stages(network.model)
     kind = f"{len(stages)} graphs ({', '.join(stages)})" if stages else "static"
     return f"{kind}; {start}"
-
-
-def describe_gates(model: nn.Module, minimum: float) -> str:
-    """Say how many blocks can be skipped, and what the network costs if all of them are."""
-    blocks = sum(len(stage.block_names) for stage in graph_stages(model).values())
-    return (
-        f"{len(gates(model))} of {blocks} blocks have a gate (the others change the shape); with every gate closed an "
-        f"image costs {minimum:.3f}"
-    )
 
 
 def _count_classes(args: argparse.Namespace, splits: Splits) -> int:
@@ -152,17 +142,8 @@ class _Evaluation:
         """Evaluate on all held-out images."""
         if self.costs is None:
             return self._evaluate(candidate, stopping, None)
-        row: Row = {}
-        values = []
-        targets = sorted(set(self.args.target_cost), reverse=True)
-        for target in targets:
-            # of a range, every target is evaluated at its own budget
-            asked = dict(sets_budget=True, budget=target) if len(targets) > 1 else {}
-            with requesting(**asked):
-                found = self._evaluate(candidate, stopping, self.costs)
-            values.append(float(found["top1"]) - 100 * max(0.0, float(found["cost"]) - target))
-            row |= {key if target == targets[0] else f"{key}@{target:g}": value for key, value in found.items()}
-        return row | {"value": sum(values) / len(values)}
+        evaluate = partial(self._evaluate, candidate, stopping, self.costs)
+        return evaluate_targets(self.args.target_cost, TOP1, evaluate)
 
     def _evaluate(self, candidate: nn.Module, stopping: Callable[[], bool], costs: Costs | None) -> Row:
         batches, layout = self.val_loader.epoch(0), self.args.channels_last
@@ -177,18 +158,6 @@ class _Evaluation:
                 "skipped": 100 * result.skipped.mean().item(),
             }
         return row
-
-    def conclude(self, row: Row) -> str | None:
-        """Say whether the costs that were aimed at were reached."""
-        if self.args.target_cost is None:
-            return None
-        lines = []
-        targets = sorted(set(self.args.target_cost), reverse=True)
-        for target in targets:
-            reached = float(row["eval_cost" if target == targets[0] else f"eval_cost@{target:g}"])
-            verdict = "reached" if reached <= target + COST_TOLERANCE else "NOT reached: train longer, or aim higher"
-            lines.append(f"{target:g} (it costs {reached:.3f}) {verdict}")
-        return f"cost aimed at: {'; '.join(lines)}"
 
     def keep_curve(self, best: nn.Module) -> None:
         """Measure what a network that was trained for a range does at budgets from end to end, and keep it."""

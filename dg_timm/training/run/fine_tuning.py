@@ -107,9 +107,14 @@ def freeze(model: nn.Module, what: str, new_classifier: bool, thresholds: bool =
         elif what == "all-but-graph":
             parameter.requires_grad_(not is_static([name]) or (new_classifier and id(parameter) in classifier))
     if thresholds:
-        for router in routers(model).values():
-            router.threshold.requires_grad_(False)
+        freeze_thresholds(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def freeze_thresholds(model: nn.Module) -> None:
+    """Stop the thresholds of a graph from learning, in place: gates move weights, not thresholds."""
+    for router in routers(model).values():
+        router.threshold.requires_grad_(False)
 
 
 def save_model(model: nn.Module, folder: Path, card: Card, **config: Any) -> None:

@@ -45,23 +45,34 @@ def parse_with_recipe(
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe")
     name = finder.parse_known_args(argv)[0].recipe
+    recipe: dict[str, Any] = {}
     if name is not None:
         file = _find_recipe(parser, name, recipes)
         recipe = _check_recipe(parser, file, _read_recipe(parser, file))
         parser.set_defaults(**recipe)
-        args = parser.parse_args(argv)
-        _drop_epochs(args, recipe, argv)
-        return args
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    _drop_epochs(args, recipe, given)
+    _require_target(parser, args, {*recipe, *given})
+    return args
+
+
+# Of a price on cost, which has none without a target.
+_OF_TARGET = ("cost_weight", "cost_ramp", "cost_noise", "cost_quiet")
+
+
+def _require_target(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Collection[str]) -> None:
+    idle = [f"--{name.replace('_', '-')}" for name in _OF_TARGET if name in given]
+    if idle and args.target_cost is None:
+        parser.error(f"{', '.join(idle)}: nothing has a price without --target-cost; give it, too")
 
 
 # What a recipe counts in epochs has no meaning where the command line counts a training in updates.
 _OF_EPOCHS = {"warmup_epochs": 0.0, "cooldown_epochs": 0, "decay_epochs": None, "warmup_prefix": False}
 
 
-def _drop_epochs(args: argparse.Namespace, recipe: Mapping[str, Any], argv: Sequence[str]) -> None:
+def _drop_epochs(args: argparse.Namespace, recipe: Mapping[str, Any], given: Collection[str]) -> None:
     """Leave out what the recipe says in epochs if the command line says --updates, and say so."""
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
     if "updates" not in given:
         return
     dropped = [name for name in _OF_EPOCHS if name in recipe and name not in given and recipe[name] != _OF_EPOCHS[name]]

@@ -210,10 +210,11 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
     flag(
         loss, "--fix-thresholds", False, "leave the thresholds of the graph as they are; a fresh network closes no edge"
     )
-    _add_cost_options(loss)
+    add_cost_options(loss)
 
 
-def _add_cost_options(loss: OptionGroup) -> None:
+def add_cost_options(loss: OptionGroup) -> None:
+    """Add what ``--target-cost`` needs."""
     loss.add_argument(
         "--target-cost",
         type=fraction,
@@ -225,7 +226,7 @@ def _add_cost_options(loss: OptionGroup) -> None:
     loss.add_argument(
         "--cost-weight",
         type=non_negative_float,
-        default=20.0,
+        default=100.0,
         help="factor of the squared distance of the cost above the target",
     )
     loss.add_argument(
