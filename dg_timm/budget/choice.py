@@ -92,6 +92,24 @@ def choose_among(
     return max(within, key=lambda choice: (choice.top1, -choice.cost))
 
 
+def outcome(choice: BudgetChoice, observed: Mapping[float, Observed]) -> Observed:
+    """Give what a network does under a choice, from what was observed of the same images at each budget."""
+    first = observed[choice.budgets[0]]
+    if choice.threshold is None or choice.certainty is None:
+        return first
+    again = ~(CERTAINTIES[choice.certainty](first.logits) >= choice.threshold)
+    return run_again(first, observed[choice.budgets[1]], again)
+
+
+def run_again(first: Observed, second: Observed, again: Tensor) -> Observed:
+    """Put together two passes of a cascade; ``again`` (images,) bool says who takes the second one."""
+    return Observed(
+        first.costs + second.costs * again,
+        torch.where(again[:, None], second.logits, first.logits),
+        torch.where(again, second.right, first.right),
+    )
+
+
 def check_aim(target_cost: float | None, max_drop: float | None) -> float:
     """Give the one of both that is a number; raise BadValue for none, two, or what is no number from 0 on."""
     if (target_cost is None) == (max_drop is None):
@@ -124,10 +142,8 @@ def _cascades(observed: Mapping[float, Observed]) -> Iterator[BudgetChoice]:
         for name, certainty in CERTAINTIES.items() if first.logits.shape[1] > 1 else ():
             sure = certainty(first.logits)
             for threshold in sure.quantile(torch.linspace(0, 1, _QUANTILES + 1)[1:].to(sure)).unique().tolist():
-                again = ~(sure >= threshold)
-                cost = (first.costs + second.costs * again).mean().item()
-                top1 = _percent(torch.where(again, second.right, first.right))
-                yield BudgetChoice((low, high), threshold, name, cost, top1)
+                both = run_again(first, second, ~(sure >= threshold))
+                yield BudgetChoice((low, high), threshold, name, both.costs.mean().item(), _percent(both.right))
 
 
 def _percent(right: Tensor) -> float:

@@ -6,8 +6,12 @@
 For every seed, a static network is trained for two epochs (recipe ``imagenette_static``). All others start from it,
 learn its logits too, and go on for six epochs (recipe ``imagenette_skip``): the static network itself (``static``),
 networks whose gates learn one target (``gates``), one whose gates learn the whole range (``range``), and static
-networks without the blocks that few images ran (``fixed``). Writes ``skipping.csv``, ``skipping.md`` and
-``skipping.png``.
+networks that cost as little: without the blocks that few images ran (``fixed``), without the last blocks of every stage
+(``shallow``), and without blocks drawn at random (``random``).
+
+Writes ``skipping.csv``, ``skipping.md`` and ``skipping.png``; and ``images.csv``, what networks with gates do at each
+budget and in cascades, with the rank correlation of an image's cost with the static network's loss. ``--time`` then
+times what is finished, alone on a quiet machine, and writes ``times.csv``.
 """
 
 import argparse
@@ -28,16 +32,19 @@ from dg_timm.budget.fixed import leave_out, rarely_run
 from dg_timm.cli.errors import cli_errors
 from dg_timm.conversion.convert import dynamize
 from dg_timm.experiments.comparison import paired_difference
+from dg_timm.experiments.image_costs import Row
 from dg_timm.experiments.options import make_parser, parse
+from dg_timm.experiments.reductions import REDUCTIONS
 from dg_timm.experiments.runner import run_trials
+from dg_timm.experiments.skipping_networks import Observer, load_batches, time_networks
 from dg_timm.experiments.store import TrialStore
 from dg_timm.experiments.trial import Result, Trial
 from dg_timm.hub.save import save_pretrained
 from dg_timm.training.loop.csv_tables import write_csv
-from dg_timm.training.run import networks, operating_points
-from dg_timm.training.run.option_types import fraction, non_negative_int
+from dg_timm.training.run import networks
+from dg_timm.training.run.option_types import fraction, non_negative_int, positive_int
 
-KINDS = ("static", "gates", "range", "fixed")
+KINDS = ("static", "gates", "range", "fixed", *REDUCTIONS)
 _LONGER = {"epochs": 6, "lr": 2.5e-4}  # the static network goes on as the others do
 _RANGE_END = "@0.6"  # of the columns of summary.csv at the lowest budget of imagenette_skip
 _OBSERVED = 640  # training images that say which blocks few images run
@@ -74,12 +81,16 @@ class Plan:
             "range", self._options("imagenette_skip", f"dg_{self.model}", {}), start.seed, {"initial-checkpoint": start}
         )
 
-    def fixed(self, start: Trial, gated: Result, store: TrialStore) -> Trial:
-        """The static network without the blocks that few images of a network with gates ran, trained as it was."""
-        folder = store.output / f"{gated.trial.folder}-rare"
+    def reduced(self, kind: str, start: Trial, gated: Result, store: TrialStore) -> Trial:
+        """A static network that costs about what one with gates does, trained as it was.
+
+        Args:
+            kind: ``fixed``: it lacks the blocks that few images of the network with gates ran; or of ``REDUCTIONS``.
+        """
+        folder = store.output / f"{gated.trial.folder}-{kind}"
         if not (folder / "config.json").exists() and gated.network.exists():
-            _write_without_rare(store, start, gated, folder)
-        name = gated.trial.name.replace("gates", "fixed")
+            _write_reduced(store, start, gated, kind, folder)
+        name = gated.trial.name.replace("gates", kind)
         options = self._options("imagenette_static", f"dg_{self.model}", {**_LONGER, "graph-lr-scale": 0.1})
         return Trial(name, {**options, "initial-checkpoint": folder}, start.seed, {"distill": start})
 
@@ -87,16 +98,16 @@ class Plan:
         return {"recipe": recipe, "model": model, "workers": 0, **others, **self.common}
 
 
-def _write_without_rare(store: TrialStore, start: Trial, gated: Result, folder: Path) -> None:
-    """Save the start's identity conversion without the blocks that less than half of some training images run."""
+def _write_reduced(store: TrialStore, start: Trial, gated: Result, kind: str, folder: Path) -> None:
+    """Save the start's identity conversion without some blocks, as :meth:`Plan.reduced` says."""
     model = networks.create(str(gated.network)).eval()
-    parser = argparse.ArgumentParser()
-    operating_points.add_options(parser)
-    words = ["--data", store.data, "--refit-norms", str(_OBSERVED), "--val-limit", "64"]
-    options = argparse.Namespace(**vars(parser.parse_args(words)), model=str(gated.network))
-    _, images = operating_points.load_batches(options, model)
     plain = dynamize(networks.create(str(store.network(start))))
-    leave_out(plain, rarely_run(model, images))
+    if kind == "fixed":
+        _, images = load_batches(store, gated.network, "--refit-norms", str(_OBSERVED))
+        leave_out(plain, rarely_run(model, images))
+    else:
+        most = gated.figures.get("eval_cost", 1.0)
+        leave_out(plain, REDUCTIONS[kind](model, most, gated.trial.seed))
     save_pretrained(plain, folder)
 
 
@@ -159,6 +170,21 @@ def write_table(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     return markdown_table(header, lines) + "\n"
 
 
+def write_images_table(rows: Sequence[Row]) -> str:
+    """Write in Markdown what networks do at each budget and in cascades: means over seeds."""
+    lines = []
+    for name, how in dict.fromkeys((row["network"], row["how"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["how"]) == (name, how)]
+        means = {
+            key: sum(row[key] for row in own) / len(own)
+            for key in ("cost", "spread", "top1", "loss", "rank_correlation")
+        }
+        lines.append([name, how, f"{means['cost']:.3f}", f"{means['spread']:.3f}", f"{means['top1']:.2f}",
+                      f"{means['loss']:.3f}", f"{means['rank_correlation']:.2f}", len(own)])  # fmt: skip
+    header = ["network", "how", "cost", "spread between images", "top-1 (%)", "loss", "rank correlation", "seeds"]
+    return markdown_table(header, lines) + "\n"
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw top-1 over cost: a dot for every network and seed, in the color of its kind."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -166,7 +192,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for k, kind in enumerate(KINDS):
         own = [row for row in rows if row["network"].startswith(kind)]
-        axes.plot([row["cost"] for row in own], [row["top1"] for row in own], "os^D"[k], color=f"C{k}", label=kind)
+        axes.plot([row["cost"] for row in own], [row["top1"] for row in own], "os^Dvx"[k], color=f"C{k}", label=kind)
     axes.set_xlabel("mean cost, relative to the static network")
     axes.set_ylabel("top-1 (%)")
     axes.legend()
@@ -185,12 +211,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--target-cost", type=fraction, nargs="+", default=[0.8, 0.7, 0.6], help="costs that gates learn"
     )
     parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2], help="seeds of every network")
+    parser.add_argument(
+        "--time", action="store_true", help="train nothing, and time what is finished of the first seed"
+    )
+    parser.add_argument("--threads", type=positive_int, default=1, help="number of CPU threads of --time")
+    parser.add_argument("--time-batch", type=positive_int, nargs="+", default=[1, 8, 32], help="batch sizes of --time")
+    parser.add_argument("--rounds", type=positive_int, default=15, help="rounds of --time, at least 2")
     args = parse(parser, "skipping", "all images at 224 px", argv)
-    torch.set_num_threads(1)
+    args.collect |= args.time
+    torch.set_num_threads(args.threads)
     if args.weights is not None and not args.weights.is_file():
         raise BadValue(f"--weights {args.weights}: there is no such file")
-    if "fixed" in args.only and "gates" not in args.only:
-        parser.error("fixed networks are those that gates find; name gates, too")
+    reduced = [kind for kind in ("fixed", *REDUCTIONS) if kind in args.only]
+    if reduced and "gates" not in args.only:
+        parser.error(f"{', '.join(reduced)}: what they cost is what gates find; name gates, too")
     plan = Plan(args.model, args.weights, _FULL_SIZE if args.full else {})
     store = TrialStore(args)
     starts = [plan.start(seed) for seed in args.seeds]
@@ -200,21 +234,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         trials += [plan.gates(start, target) for target in args.target_cost] if "gates" in args.only else []
         trials += [plan.range(start)] if "range" in args.only else []
     results = run_trials(trials, args)
-    if "fixed" in args.only:
-        start_of = {start.seed: start for start in starts}
-        gated = [result for result in results if result.trial.name.startswith("gates")]
-        fixed = [plan.fixed(start_of[result.trial.seed], result, store) for result in gated]
-        results += run_trials([*starts, *fixed], args)[len(starts) :]
+    start_of = {start.seed: start for start in starts}
+    gated = [result for result in results if result.trial.name.startswith("gates")]
+    others = [plan.reduced(kind, start_of[r.trial.seed], r, store) for kind in reduced for r in gated]
+    if others:
+        results += [result for result in run_trials([*starts, *others], args) if result.trial in others]
     found = [result for result in results if result.trial.name != "start"]
     if not found:
         raise BadState(f"no trial is finished in {args.results}; run without --collect")
-    shares = {r.trial.folder: share_of_static(r, args.model) for r in found if r.trial.name.startswith("fixed")}
+    statics = {result.trial.seed: result for result in found if result.trial.name == "static"}
+    if args.time:
+        return _time(args, store, found, statics)
+    shares = {r.trial.folder: share_of_static(r, args.model) for r in found if r.trial in others}
     rows = collect_rows(found, shares)
     write_csv(args.results / "skipping.csv", rows)
+    observers = {seed: Observer(store, static) for seed, static in statics.items()}
+    observed = [row for r in found if r.trial.seed in observers for row in observers[r.trial.seed].rows(r)]
+    if observed:
+        write_csv(args.results / "images.csv", observed)
+        print(write_images_table(observed))
     text = write_table(rows, "static")
     atomic_write(args.results / "skipping.md", text)
     draw(rows, args.results / "skipping.png")
     print(text)
+    return 0
+
+
+def _time(args: argparse.Namespace, store: TrialStore, found: Sequence[Result], statics: Mapping[int, Result]) -> int:
+    """Time the networks of the first seed, and add the rows to times.csv."""
+    seed = args.seeds[0]
+    if seed not in statics:
+        raise BadState(f"there is no static network of seed {seed} to time beside; train it first")
+    timed = [r for r in found if r.trial.seed == seed and r.trial.name != "static" and r.network.exists()]
+    rows = time_networks(store, timed, statics[seed], args.time_batch, args.rounds)
+    file = args.results / f"times-{args.threads}.csv"
+    write_csv(file, rows)
+    print(file.read_text(encoding="utf-8"))
     return 0
 
 

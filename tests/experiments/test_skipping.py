@@ -61,9 +61,14 @@ def test_from_weights_to_the_table(tmp_path):
                "image-size=32", "--output", tmp_path / "out", "--results", tmp_path / "results")  # fmt: skip
     assert done.returncode == 0, done.stderr
     table = rows(tmp_path / "results" / "skipping.csv")
-    assert [row["network"] for row in table] == ["static", "gates-0.8", "range", "range@0.6", "fixed-0.8"]
+    assert [row["network"] for row in table] == [
+        "static", "gates-0.8", "range", "range@0.6", "fixed-0.8", "shallow-0.8", "random-0.8"
+    ]  # fmt: skip
     assert all(math.isfinite(float(row["loss"])) for row in table)
-    left_out = json.loads((tmp_path / "out" / "gates-0.8-0-rare" / "config.json").read_text(encoding="utf-8"))
+    left_out = json.loads((tmp_path / "out" / "gates-0.8-0-fixed" / "config.json").read_text(encoding="utf-8"))
     is_whole = not left_out["model_args"].get("skipped_blocks")
-    assert (float(table[-1]["cost"]) > 1) == is_whole  # relative to the static network with all blocks
+    assert (float(table[4]["cost"]) >= 1) == is_whole  # relative to the static network with all blocks
+    observed = rows(tmp_path / "results" / "images.csv")
+    assert {"budget 1", "budget 0.6"} <= {row["how"] for row in observed if row["network"] == "range"}
+    assert float(observed[0]["top1"]) == pytest.approx(float(table[1]["top1"]))  # of the same images
     assert (tmp_path / "results" / "skipping.png").stat().st_size > 1000

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -17,7 +18,7 @@ from dg_timm.detection.run.build import build_detector, check_extras, load_data,
 from dg_timm.detection.run.results import write_results
 from dg_timm.detection.saving import save_detector, write_detector_config
 from dg_timm.graph.stage import graph_stages
-from dg_timm.training.loop.objective import Losses
+from dg_timm.training.loop.objective import CostTarget
 from dg_timm.training.loop.optimization import BatchSplit
 from dg_timm.training.loop.report import Row
 from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
@@ -41,19 +42,12 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
     detector = build_detector(args, splits.categories, accelerator)
     loader = make_detection_loader(splits.train, args, split.micro_batch, accelerator, training=True)
     val_loader = make_eval_loader(splits.test, args, accelerator)
-    sample = []
-    if accelerator.is_main_process and graph_stages(detector):
-        sample = [row[0].to(accelerator.device) for row in val_loader.sample_rows(_GRAPH_IMAGES)]
+    observes = accelerator.is_main_process and graph_stages(detector)
+    rows = val_loader.sample_rows(_GRAPH_IMAGES) if observes else []
+    sample = [row[0].to(accelerator.device) for row in rows]
     updates_per_epoch = splits.train.size // split.images
-    objective: Callable[..., Losses] = DetectionObjective(args.seed)
-    costs, target, metric = None, args.target_cost, AP
-    if target is not None:
-        if len(target) > 1:
-            raise BadValue("--target-cost takes one cost for a detector; a range of budgets is for classifiers")
-        body, size = detector.backbone.body, (3, args.min_size[-1], args.min_size[-1])
-        objective = with_cost_target(args, objective, body, size, args.updates or args.epochs * updates_per_epoch)
-        accelerator.print(f"backbone: {describe_gates(body, objective.expected.minimum)}")
-        costs, metric = objective.expected.costs, value_of(AP)
+    objective = _make_objective(args, detector, updates_per_epoch, accelerator)
+    costs = objective.expected.costs if isinstance(objective, CostTarget) else None
     found: dict[nn.Module, tuple[APResult, list[Detections]]] = {}  # of the last evaluation, by network
 
     def evaluate(candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
@@ -63,14 +57,13 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
             )
             return dict(found[candidate][0].overall)
 
-        return judge() if target is None else evaluate_targets(target, AP, judge)
+        return judge() if costs is None else evaluate_targets(args.target_cost, AP, judge)
 
     def export(best: nn.Module, row: Row, epochs: int, average: bool) -> None:
-        output = Path(args.output)
-        save_detector(best, output / "model")
+        save_detector(best, Path(args.output) / "model")
         result, detections = found[best]
         write_results(
-            output,
+            Path(args.output),
             best,
             splits.test,
             splits.categories,
@@ -87,10 +80,25 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluate,
-        metric=metric,
+        metric=AP if costs is None else value_of(AP),
         observe=lambda candidate: detector_statistics(candidate, sample),
         write_config=write_detector_config,
         export=export,
-        conclude=partial(conclude, target),
+        conclude=partial(conclude, args.target_cost),
         images=f"{splits.train.size} images, {splits.train.boxes} boxes of {len(splits.categories.names)} classes",
     )
+
+
+def _make_objective(
+    args: argparse.Namespace, detector: Any, updates_per_epoch: int, accelerator: Accelerator
+) -> DetectionObjective | CostTarget:
+    """Make the detector's own loss; with a target, with a price on the cost of the backbone."""
+    objective = DetectionObjective(args.seed)
+    if args.target_cost is None:
+        return objective
+    if len(args.target_cost) > 1:
+        raise BadValue("--target-cost takes one cost for a detector; a range of budgets is for classifiers")
+    body, size = detector.backbone.body, (3, args.min_size[-1], args.min_size[-1])
+    priced = with_cost_target(args, objective, body, size, args.updates or args.epochs * updates_per_epoch)
+    accelerator.print(f"backbone: {describe_gates(body, priced.expected.minimum)}")
+    return priced
