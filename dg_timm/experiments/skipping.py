@@ -15,6 +15,7 @@ times what is finished, alone on a quiet machine, and writes ``times.csv``.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,20 +112,28 @@ def _write_reduced(store: TrialStore, start: Trial, gated: Result, kind: str, fo
     save_pretrained(plain, folder)
 
 
-def share_of_static(result: Result, static_name: str) -> float:
-    """Multiply-adds of a fixed network's blocks relative to the static network with all of them.
+def keep_shares(file: Path, results: Sequence[Result], static_name: str) -> dict[str, float]:
+    """Give the multiply-adds of reduced networks relative to the static network with all blocks, by trial's folder.
 
-    What a fixed network costs by itself is relative to the static network without the blocks that it lacks.
+    What such a network costs by itself is relative to the static network without the blocks that it lacks. The shares
+    are kept as JSON, for when the networks are gone.
 
     Raises:
-        BadState: if the network was deleted.
+        BadState: if a network is gone, and its share was not kept.
     """
-    if not result.network.exists():
-        raise BadState(f"{result.network} is gone, and says which blocks were left out; run without --collect")
-    model = networks.create(str(result.network))
-    size = model.pretrained_cfg["input_size"]
-    whole = timm.create_model(f"dg_{static_name}", num_classes=model.num_classes, device="meta")
-    return count_costs(model, size).static_total / count_costs(whole, size).static_total
+    kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for result in results:
+        if result.network.exists():
+            model = networks.create(str(result.network))
+            size = model.pretrained_cfg["input_size"]
+            whole = timm.create_model(f"dg_{static_name}", num_classes=model.num_classes, device="meta")
+            share = count_costs(model, size).static_total / count_costs(whole, size).static_total
+            kept[result.trial.folder] = share
+        elif result.trial.folder not in kept:
+            raise BadState(f"{result.network} is gone, and says which blocks were left out; run without --collect")
+    if results:
+        atomic_write(file, json.dumps(kept, indent=1) + "\n")
+    return kept
 
 
 def collect_rows(results: Sequence[Result], shares: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -132,7 +141,7 @@ def collect_rows(results: Sequence[Result], shares: Mapping[str, float]) -> list
 
     Args:
         results: of finished trials.
-        shares: of fixed networks by their trial's folder, as :func:`share_of_static` gives them.
+        shares: of reduced networks by their trial's folder, as :func:`keep_shares` gives them.
     """
     rows = []
     for result in results:
@@ -245,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     statics = {result.trial.seed: result for result in found if result.trial.name == "static"}
     if args.time:
         return _time(args, store, found, statics)
-    shares = {r.trial.folder: share_of_static(r, args.model) for r in found if r.trial in others}
+    shares = keep_shares(args.results / "shares.json", [r for r in found if r.trial in others], args.model)
     rows = collect_rows(found, shares)
     write_csv(args.results / "skipping.csv", rows)
     observers = {seed: Observer(store, static) for seed, static in statics.items()}

@@ -64,7 +64,7 @@ def test_nothing_that_was_tried_by_hand_is_better(network):
     by_hand = []
     for low, high in itertools.combinations(BUDGETS, 2):
         for name, certainty in CERTAINTIES.items():
-            for threshold in certainty(run_at(model, images, low)).tolist():
+            for threshold in certainty(run_at(model, images, low)).tolist()[::4]:
                 dg_timm.set_cascade(model, (low, high), threshold, name)
                 by_hand.append(measure(model, batches))
     dg_timm.set_cascade(model, None)

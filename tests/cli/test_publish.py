@@ -28,6 +28,7 @@ def publish(hub, tmp_path):
     return functools.partial(run, "publish.py", env=env)
 
 
+@pytest.mark.slow
 def test_publish_a_converted_model(publish, hub):
     dry = publish("dg_regnetx_002.pycls_in1k", "lab/converted", "--dry-run")
     assert dry.returncode == 0, dry.stderr

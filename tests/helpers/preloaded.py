@@ -54,8 +54,11 @@ _IMPORTED = (
 )  # fmt: skip
 
 
-# Variables that an import may have read
-_READ_EARLY = re.compile(r"(HF|HUGGINGFACE|TORCH|OMP|KMP|MKL|PYTHON|CUDA|TRITON|LD|DG_TIMM|XDG)_?.*|HOME|PATH|TMPDIR")
+# Variables that an import may have read; but for those that Inductor and scikit-learn set for themselves
+_READ_EARLY = re.compile(
+    r"(?!TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|KMP_INIT_AT_FORK|KMP_DUPLICATE_LIB_OK)"
+    r"((HF|HUGGINGFACE|TORCH|OMP|KMP|MKL|PYTHON|CUDA|TRITON|LD|DG_TIMM|XDG)_?.*|HOME|PATH|TMPDIR)"
+)
 
 
 def is_possible(env: Mapping[str, str]) -> bool:

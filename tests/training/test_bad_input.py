@@ -149,7 +149,6 @@ def test_more_classes_than_the_head(tmp_path, finished):
 @pytest.mark.parametrize(
     ("options", "error"),
     [(("--model", "test_resnet", "--target-cost", 0.5), "is a static network"),
-     (("--model", "dg_test_resnet", "--target-cost", 0.9, "--compile"), "leave one of them out"),
      (("--model", "dg_test_resnet", "--target-cost", 0.01), "can't be reached: dg_test_resnet costs 0."),
      (("--model", "dg_test_resnet", "--target-cost", 1.0, 0.9), "the lowest and the highest of a range, got 1 0.9")],
 )  # fmt: skip

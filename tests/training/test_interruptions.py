@@ -27,7 +27,7 @@ def test_torchrun_goes_on_by_itself(tmp_path):
     assert state(tmp_path / "killed", 2) == state(tmp_path / "untouched", 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     """As a scheduler or Ctrl-C sends it: to every process of the group, the workers included."""
     output = tmp_path / "run"

@@ -60,7 +60,7 @@ class CostTarget:
         expected: ExpectedCost,
         *,
         targets: tuple[float, float],
-        weight: float = 100.0,
+        weight: float = 300.0,
         ramp: int = 0,
         noise: float = 0.0,
         noise_until: int = 0,

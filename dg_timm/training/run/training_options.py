@@ -226,7 +226,7 @@ def add_cost_options(loss: OptionGroup) -> None:
     loss.add_argument(
         "--cost-weight",
         type=non_negative_float,
-        default=100.0,
+        default=300.0,
         help="factor of the squared distance of the cost above the target",
     )
     loss.add_argument(
