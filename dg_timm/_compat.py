@@ -157,12 +157,13 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 def remove_forward_hook(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Take one function off the forward hooks of a module; a copy of the module has no handle of it."""
+    """Take one function off the hooks before or after a module's forward; a copy of it has no handle of them."""
     own = module.__dict__
-    for key in [key for key, hook in own.get("_forward_hooks", {}).items() if hook is function]:
-        for name, value in own.items():
-            if name.startswith("_forward_hooks") and isinstance(value, dict):
-                value.pop(key, None)
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for key in [key for key, hook in own.get(kind, {}).items() if hook is function]:
+            for name, value in own.items():
+                if name.startswith(kind) and isinstance(value, dict):
+                    value.pop(key, None)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -44,10 +44,7 @@ def run_on_meta(
     Returns:
         The copy.
     """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = input_size or cfg.get("input_size") or (3, 224, 224)
-    if input_size is None:
-        channels = getattr(model, "in_chans", channels)
+    channels, height, width = input_size or default_size(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     copied = meta_copy(model)
     for name, module in copied.named_modules():
@@ -60,6 +57,13 @@ def run_on_meta(
         # Two images: BatchNorm in train mode refuses a single value for each channel.
         copied(torch.empty(2, channels, height, width, dtype=dtype, device="meta"))
     return copied
+
+
+def default_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model's configuration names, or 3 x 224 x 224."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size") or (3, 224, 224)
+    return getattr(model, "in_chans", channels), height, width
 
 
 def _copy_structure(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:

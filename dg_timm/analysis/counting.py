@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dg_timm._views import run_on_meta
 from dg_timm.analysis.recorder import AdjacencyRecorder, record
+from dg_timm.execution.passes import leading, may_reuse
 from dg_timm.graph.context import requesting
 from dg_timm.graph.stage import DGStage, graph_stages
 
@@ -24,12 +25,14 @@ class LayerCounts:
     Attributes:
         convolutions: {layer: multiply-adds}.
         linear: the same of linear layers.
-        edges: {stage: {(source, target): multiply-adds}}, of stages that ran.
+        edges: {stage: {(source, target): multiply-adds}}, of stages that ran, in order.
+        ends: {stage: multiply-adds of all layers that ran until its end}.
     """
 
     convolutions: dict[str, int]
     linear: dict[str, int]
     edges: dict[str, dict[tuple[int, int], int]]
+    ends: dict[str, int]
 
     @property
     def layers(self) -> dict[str, int]:
@@ -39,7 +42,7 @@ class LayerCounts:
 
 def count_layers(model: nn.Module, input_size: Size | None = None) -> LayerCounts:
     """Count a network, static or dynamic, with every edge open; ``input_size`` as in :func:`complexity`."""
-    counts = LayerCounts({}, {}, {})
+    counts = LayerCounts({}, {}, {}, {})
 
     def count(name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -47,6 +50,7 @@ def count_layers(model: nn.Module, input_size: Size | None = None) -> LayerCount
             kind[name] = kind.get(name, 0) + out[0].numel() * module.weight[0].numel()
         elif isinstance(module, DGStage):
             counts.edges[name] = module.edge_macs(args[0][0].numel(), out[0].numel())
+            counts.ends[name] = sum(counts.layers.values())
 
     with requesting(execution="dense"):
         run_on_meta(model, count, input_size)
@@ -120,9 +124,19 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
 def recorded_cost(model: nn.Module, recorder: AdjacencyRecorder, counted: "Costs") -> Tensor:
     """As :func:`cost`, for a forward pass that was recorded, all passes of a cascade together: (batch,) float64."""
     total = counted.relative(_opened(model, recorder.recorded))
+    shared = shared_cost(model, recorder, counted) if recorder.later else total
     for images, again in recorder.later:
-        total[images] += counted.relative(_opened(model, again.recorded))
+        total[images] += counted.relative(_opened(model, again.recorded)) - shared[images]
+        shared[images] = shared_cost(model, again, counted)
     return total
+
+
+def shared_cost(model: nn.Module, recorder: AdjacencyRecorder, counted: "Costs") -> Tensor:
+    """Of a pass that was recorded, what the next one of a cascade need not run again: (batch,) float64."""
+    opened = _opened(model, recorder.recorded)
+    if not may_reuse(model):
+        return torch.zeros_like(counted.relative(opened))
+    return counted.shared(opened, recorder.skipped)
 
 
 def relative_cost(model: nn.Module, alphas: dict[str, Tensor], input_size: Size | None = None) -> Tensor:
@@ -165,11 +179,13 @@ class Costs:
         always_run: of stem, head, entry blocks, and node 0's projection and router.
         static_total: of the static network.
         stages: of what runs where edges are open.
+        always_before: of what always runs until the end of each stage, in the order in which they run.
     """
 
     always_run: int
     static_total: int
     stages: dict[str, StageCosts]
+    always_before: dict[str, int]
 
     def relative(self, opened: dict[str, Tensor]) -> Tensor:
         """Add up what runs, relative to the static network: (batch,).
@@ -177,14 +193,37 @@ class Costs:
         Args:
             opened: {stage: (batch, N, N)}, 1 where an edge is open and 0 where it is closed.
         """
-        some = next(iter(opened.values()))
-        run = torch.full((len(some),), float(self.always_run), dtype=some.dtype, device=some.device)
-        for name, stage in self.stages.items():
-            is_open = opened[name]
-            run = run + (is_open * stage.edges.to(is_open, non_blocking=True)).sum((1, 2))
+        return (self._by_stage(opened).sum(1) + self.always_run) / self.static_total
+
+    def shared(self, opened: dict[str, Tensor], skipped: dict[str, Tensor]) -> Tensor:
+        """Add up what ran in the leading stages of which an image skipped no block, relative to the static network.
+
+        Args:
+            opened: as for :meth:`relative`.
+            skipped: {stage: (batch, nodes) bool}, of stages with gates.
+
+        Returns:
+            (batch,); the cost of all that ran for an image that skipped none at all.
+        """
+        of_stages = self._by_stage(opened)
+        whole = [~skipped[name].any(1) if name in skipped else of_stages[:, 0] >= 0 for name in self.always_before]
+        shared = leading(torch.stack(whole, dim=1))
+        always = torch.tensor([0, *self.always_before.values()]).to(of_stages)[shared]
+        of_leading = torch.cat([torch.zeros_like(of_stages[:, :1]), of_stages.cumsum(1)], dim=1)
+        found = of_leading.gather(1, shared[:, None])[:, 0] + always
+        everything = shared == len(self.always_before)
+        return (found + everything * (self.always_run - always)) / self.static_total
+
+    def _by_stage(self, opened: dict[str, Tensor]) -> Tensor:
+        """Add up what runs in each stage where edges are open, in the order in which they run: (batch, stages)."""
+        found = []
+        for name in self.always_before:
+            stage, is_open = self.stages[name], opened[name]
+            run = (is_open * stage.edges.to(is_open, non_blocking=True)).sum((1, 2))
             for node, own in enumerate(stage.nodes, start=1):
                 run = run + own * (1 - (1 - is_open[:, :node, node]).prod(1))
-        return run / self.static_total
+            found.append(run)
+        return torch.stack(found, dim=1)
 
 
 def count_costs(model: nn.Module, input_size: Size | None = None) -> Costs:
@@ -199,8 +238,11 @@ def count_costs(model: nn.Module, input_size: Size | None = None) -> Costs:
         for (source, target), macs in counts.edges[name].items():
             edges[source, target] = float(macs)
         found[name] = StageCosts(_node_macs(name, stage, counts.layers), edges)
-    removable = sum(own for costs in found.values() for own in costs.nodes)
-    return Costs(sum(counts.layers.values()) - removable, static_total, found)
+    removable, always_before = 0, {}
+    for name, layers in counts.ends.items():
+        removable += sum(found[name].nodes)
+        always_before[name] = layers - removable
+    return Costs(sum(counts.layers.values()) - removable, static_total, found, always_before)
 
 
 def _node_macs(name: str, stage: DGStage, layers: dict[str, int]) -> list[int]:

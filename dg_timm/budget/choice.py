@@ -104,9 +104,10 @@ def outcome(choice: BudgetChoice, observed: Mapping[float, Observed]) -> Observe
 def run_again(first: Observed, second: Observed, again: Tensor) -> Observed:
     """Put together two passes of a cascade; ``again`` (images,) bool says who takes the second one."""
     return Observed(
-        first.costs + second.costs * again,
+        first.costs + (second.costs - first.shared) * again,
         torch.where(again[:, None], second.logits, first.logits),
         torch.where(again, second.right, first.right),
+        torch.where(again, second.shared, first.shared),
     )
 
 

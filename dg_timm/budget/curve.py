@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dg_timm._errors import BadType, BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm._modes import evaluating
-from dg_timm.analysis.counting import count_costs, recorded_cost
+from dg_timm.analysis.counting import count_costs, recorded_cost, shared_cost
 from dg_timm.analysis.recorder import recording
 from dg_timm.execution.cascade import set_cascade
 from dg_timm.graph.context import requesting
@@ -119,11 +119,13 @@ class Observed(NamedTuple):
         costs: (images,), relative to the static network.
         logits: (images, classes).
         right: (images,) bool, whether the prediction is the label; empty without labels.
+        shared: (images,), of the cost, what the next pass of a cascade need not run again.
     """
 
     costs: Tensor
     logits: Tensor
     right: Tensor
+    shared: Tensor
 
     def summarize(self, budget: float) -> BudgetPoint:
         """Make the point of a curve."""
@@ -134,18 +136,19 @@ class Observed(NamedTuple):
 @torch.no_grad()
 def observe_budget(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Observed:
     """Run a network with gates at a budget, in dense execution; raise BadValue if there is no image."""
-    costs, logits, right, counted = [], [], [torch.empty(0, dtype=torch.bool)], None
+    costs, shared, logits, right, counted = [], [], [], [torch.empty(0, dtype=torch.bool)], None
     with evaluating(model), requesting(execution="dense", sets_budget=True, budget=budget):
         for images, labels in batches:
             counted = counted or count_costs(model, (images.shape[1], images.shape[2], images.shape[3]))
             with recording(model) as recorder:
                 logits.append(model(images).cpu())
             costs.append(recorded_cost(model, recorder, counted).cpu())
+            shared.append(shared_cost(model, recorder, counted).cpu())
             if labels is not None:
                 right.append(logits[-1].argmax(1) == labels.cpu())
     if not costs:
         raise BadValue("no images: give batches that can be read more than once")
-    return Observed(torch.cat(costs), torch.cat(logits), torch.cat(right))
+    return Observed(torch.cat(costs), torch.cat(logits), torch.cat(right), torch.cat(shared))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dg_timm import _compat
 from dg_timm._errors import BadState, BadType, BadValue
 from dg_timm.execution import operators
+from dg_timm.execution.passes import Pass, forget, may_reuse
 from dg_timm.graph.context import request, requesting
 from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import require_dynamic
@@ -131,21 +132,40 @@ def cascade_of(model: nn.Module) -> Cascade | None:
 def _install(model: nn.Module, cascade: Cascade | None) -> None:
     if cascade is None and cascade_of(model) is None:
         return  # a budget that was set stays
-    _compat.remove_forward_hook(model, _run_next_passes)
+    forget(model)
+    for hook in (_begin, _run_next_passes):
+        _compat.remove_forward_hook(model, hook)
     settings = None
     if cascade is not None:
         settings = dict(budgets=list(cascade.budgets), threshold=cascade.threshold, certainty=cascade.certainty)
-        model.register_forward_hook(_run_next_passes, with_kwargs=True)
+        model.register_forward_pre_hook(_begin, with_kwargs=True)
+        model.register_forward_hook(_run_next_passes, with_kwargs=True, always_call=True)
     for stage in require_dynamic(model).values():
         stage.cascade = settings
     for gate in gates(model).values():
         gate.budget = 1.0 if cascade is None else cascade.budgets[0]
 
 
-def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
-    """A forward hook: the first pass has run, and gave ``logits``."""
+def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A hook before the first pass: let it keep what later passes need not run again."""
+    asked, stage = request(), next(iter(require_dynamic(model).values()))
+    images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if model.training or asked.sets_budget or asked.recorder is not None or images is None:
+        return
+    if (asked.execution or stage.execution) == "sparse" and operators.has_values(images) and may_reuse(model):
+        first = Pass(torch.arange(len(images)))
+        first.leave.enter_context(requesting(passes=first))
+
+
+def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logits: Tensor | None) -> Tensor | None:
+    """A hook after the first pass, which gave ``logits``; None if it raised."""
     asked, cascade = request(), cascade_of(model)
-    if model.training or cascade is None or asked.sets_budget or logits.is_meta:
+    if model.training or cascade is None or asked.sets_budget:
+        return None
+    current = asked.passes
+    if isinstance(current, Pass):
+        current.leave.close()
+    if logits is None or logits.is_meta:
         return None
     (images,) = (*args, *kwargs.values())
     if not operators.has_values(images):
@@ -160,8 +180,22 @@ def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logi
         some = some[cascade.unsure(logits[some])]
         if len(some) == 0:
             break
-        recorder = None if asked.recorder is None else asked.recorder.begin_pass(some)
-        with requesting(sets_budget=True, budget=budget, recorder=recorder):
-            again = model.forward(images[some])
-        logits = logits.index_put((some,), again.to(logits.dtype))
+        if isinstance(current, Pass):
+            current = current.begin_next(some.cpu())
+            some = current.images.to(some.device)  # for the others nothing would change, at any larger budget
+        logits = _run_again(model, images, logits, some, budget, current)
     return logits
+
+
+def _run_again(
+    model: nn.Module, images: Tensor, logits: Tensor, some: Tensor, budget: float | None, current: Any
+) -> Tensor:
+    """Run some images again at a budget, and put their logits in place of those before."""
+    if len(some) == 0:
+        return logits
+    recorder = request().recorder
+    starting = some if current is None else current.starting.to(some.device)
+    following = None if recorder is None else recorder.begin_pass(some)
+    with requesting(sets_budget=True, budget=budget, recorder=following, passes=current):
+        again = model.forward(images[starting])
+    return logits.index_put((some,), again.to(logits.dtype))

@@ -1,5 +1,7 @@
 """Choose how a stage runs: the one place where settings, the request of a call, and what is possible meet."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
     """
     asked = request()
     execution = asked.execution or stage.execution
+    if execution == "sparse" and asked.passes is not None:
+        return asked.passes.run_stage(stage, x, partial(_run_sparse, stage))
     if execution == "sparse":
         return _run_sparse(stage, x)
     topology = stage.topology if execution == "fixed" else stage.edges

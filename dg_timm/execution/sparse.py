@@ -14,6 +14,7 @@ from dg_timm import _compat
 from dg_timm._errors import BadState
 from dg_timm.execution import operators
 from dg_timm.execution.sparse_states import State, start_state
+from dg_timm.graph.context import request
 from dg_timm.graph.executor import Executor, FirstEdge
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
@@ -30,6 +31,8 @@ class Sparse(Executor):
         self.nodes = len(stage.edges)
         self.state: State | None = None
         self.decided = 0  # the last node whose gate was asked
+        self.passes = request().passes
+        self.skipped: set[int] = set()  # images that skip a block, while somebody asks
 
     def read(self, node: int, source: Tensor | None = None) -> Tensor | None:
         """As in :class:`Executor`; None if no image has an open edge into the node, and its gate open."""
@@ -40,10 +43,21 @@ class Sparse(Executor):
             return None
         elif node in self.stage.gated_nodes and self.decided < node:
             self.decided = node  # block 1 may read twice
-            gate, router = getattr(self.stage, f"gate{node}"), getattr(self.stage, f"router{node}")
-            if gate.effective_budget() is not None and not self.state.close_gates(node, gate, router):
+            if not self.close_gates(node):
                 return None
         return self.state.gather(node, None if source is None else operators.match_layout([source], source)[0])
+
+    def close_gates(self, node: int) -> int:
+        """Leave out the images that skip a node, and give the number of the others."""
+        assert self.state is not None
+        gate, router = getattr(self.stage, f"gate{node}"), getattr(self.stage, f"router{node}")
+        if gate.effective_budget() is None:
+            return len(self.state.like)
+        asked = [] if self.passes is None else self.state.images
+        kept = self.state.close_gates(node, gate, router)
+        if kept < len(asked):
+            self.skipped.update(set(asked) - set(self.state.images))
+        return kept
 
     def apply(self, node: int, block: nn.Module, first: FirstEdge | None = None) -> Tensor | None:
         """As in :class:`Executor`; a block whose norms would average over a part of the batch is refused."""
@@ -108,8 +122,14 @@ def refuse_training(stage: DGStage) -> None:
 
 def run_sparse(stage: DGStage, x: Tensor) -> Tensor:
     """Run a stage in sparse execution, for (a part of) a batch; without gradients."""
+    executor = Sparse(stage)
     with torch.no_grad():
-        return stage.run(Sparse(stage), x)
+        out = stage.run(executor, x)
+    if executor.passes is not None:
+        executor.passes.keep_skips(
+            torch.tensor([image in executor.skipped for image in range(len(x))], dtype=torch.bool)
+        )
+    return out
 
 
 def without_gradient(stage: DGStage, x: Tensor, out: Tensor) -> Tensor:

@@ -14,9 +14,15 @@ from dg_timm.graph.router import Router
 
 
 class State(Protocol):
-    """Edge weights and features of a batch whose nodes run in order. ``like`` is the feature of node 0."""
+    """Edge weights and features of a batch whose nodes run in order.
+
+    ``like`` is the feature of node 0, and ``images`` are the selected ones.
+    """
 
     like: Tensor
+
+    @property
+    def images(self) -> list[int]: ...
 
     def select_all(self) -> None:
         """Select all images."""
@@ -77,6 +83,11 @@ class ByKernels:
         self.native: NativeState = kernels.sparse_state(feature, nodes, gates)
         self.select, self.select_all = self.native.select_images, self.native.select_all
         self.maps: list[Tensor] = []  # kept, as their addresses are
+
+    @property
+    def images(self) -> list[int]:
+        """As in :class:`State`."""
+        return self.native.images
 
     def close_gates(self, node: int, gate: Gate, router: Router) -> int:
         """As in :class:`State`."""

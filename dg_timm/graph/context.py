@@ -6,7 +6,7 @@ They say so here, in a context variable: each thread and each asyncio task has i
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +34,16 @@ class Recorder(Protocol):
         """Take for which images a node's gate is open, (batch, 1) bool."""
 
 
+class Passes(Protocol):
+    """The pass of a cascade that is under way (:class:`dg_timm.execution.passes.Pass`)."""
+
+    def run_stage(self, stage: "DGStage", x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a stage for the images that need it; give what it gives for all of the pass."""
+
+    def keep_skips(self, skipped: Tensor) -> None:
+        """Take (batch,) bool: which images skipped a block of the stage that runs."""
+
+
 @dataclass
 class GateSampling:
     """How gates are drawn while a cost is learned, and what they were.
@@ -59,6 +69,7 @@ class Request:
         threshold: of every node.
         recorder: takes the weights of all edges.
         gates: how gates are drawn, while a cost is learned.
+        passes: the pass of a cascade that is under way, in sparse execution.
         sets_budget: whether ``budget`` stands in for that of the gates.
         budget: as in :class:`dg_timm.graph.gate.Gate`.
     """
@@ -67,6 +78,7 @@ class Request:
     threshold: float | None = None
     recorder: Recorder | None = None
     gates: GateSampling | None = None
+    passes: Passes | None = None
     sets_budget: bool = False
     budget: float | None = None
 

@@ -8,7 +8,9 @@ import timm
 import torch
 
 import dg_timm
+from dg_timm.analysis import counting
 from dg_timm.analysis.recorder import recording
+from dg_timm.execution import cascade
 from dg_timm.execution.cascade import CERTAINTIES, cascade_of
 from dg_timm.graph.context import requesting
 from dg_timm.graph.gate import gates
@@ -47,6 +49,14 @@ def test_the_unsure_images_are_answered_by_the_larger_budget(execution):
         torch.testing.assert_close(model(images), second)
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """Passes that share nothing."""
+    for module in (cascade, counting):
+        monkeypatch.setattr(module, "may_reuse", lambda model: False)
+
+
+@pytest.mark.usefixtures("apart")
 def test_its_cost_is_that_of_both_passes():
     model, images, first, _, threshold = network()
     unsure = CERTAINTIES["probability"](first) < threshold
@@ -58,6 +68,7 @@ def test_its_cost_is_that_of_both_passes():
     torch.testing.assert_close(dg_timm.cost(model, images), costs[0] + costs[1] * unsure)
 
 
+@pytest.mark.usefixtures("apart")
 def test_three_passes_and_every_gate_open():
     model, images, *_ = network()
     dg_timm.set_cascade(model, (0.0, 1.0, None), threshold=1.0)  # nobody is ever sure

@@ -23,8 +23,11 @@ def observed():
     wrong = sure < 1
     guess = torch.where(wrong, (labels + 1) % 3, labels)
     logits = torch.nn.functional.one_hot(guess, 3) * sure[:, None]
-    first = Observed(torch.full((N,), 0.5), logits, ~wrong)
-    second = Observed(torch.ones(N), torch.nn.functional.one_hot(labels, 3) * 8.0, torch.ones(N, dtype=torch.bool))
+    nothing = torch.zeros(N)
+    first = Observed(torch.full((N,), 0.5), logits, ~wrong, nothing)
+    second = Observed(
+        torch.ones(N), torch.nn.functional.one_hot(labels, 3) * 8.0, torch.ones(N, dtype=torch.bool), nothing
+    )
     return {0.5: first, 1.0: second}, Images((), labels, (6 - sure).double()), wrong
 
 
