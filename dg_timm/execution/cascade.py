@@ -66,6 +66,9 @@ def set_cascade(
     pass runs, at the first budget, and :func:`dg_timm.adjacency` is that of the first pass. Hooks of the model see the
     first pass. The setting is saved in config.json.
 
+    In sparse execution a later pass starts behind the leading stages of which an image skipped no block: what they give
+    is the same. :func:`dg_timm.cost` counts it so.
+
     Args:
         model: a classifier with gates.
         budgets: of the gates (:attr:`dg_timm.graph.gate.Gate.budget`), ascending; None as the last one opens every
@@ -80,8 +83,8 @@ def set_cascade(
 
     >>> import dg_timm, timm, torch
     >>> model = timm.create_model("dg_resnet18", gates=True, num_classes=10).eval()
-    >>> dg_timm.set_cascade(model, (0.5, 1.0), threshold=0.9)
-    >>> bool((dg_timm.cost(model, torch.randn(2, 3, 64, 64)) > 2).all())  # it is sure of nothing: both passes
+    >>> dg_timm.set_cascade(model, (0.0, 1.0), threshold=0.9)
+    >>> bool((dg_timm.cost(model, torch.randn(2, 3, 64, 64)) > 1.05).all())  # it is sure of nothing: both passes
     True
     """
     require_dynamic(model)

@@ -71,7 +71,8 @@ def test_a_budget_that_can_not_be_met_is_refused(more, message, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     words = [tmp_path / "full" if word == "FULL" else word for word in more]
-    refused = run("calibrate.py", "dg_cifar_resnet26.cifar10", "--data", "digits", "--val-limit", 64, "--rounds", 2,
+    dg_timm.save_pretrained(timm.create_model("dg_cifar_resnet20"), tmp_path / "net")
+    refused = run("calibrate.py", tmp_path / "net", "--data", "digits", "--val-limit", 64, "--rounds", 2,
                   "--threads", 1, *words)  # fmt: skip
     assert refused.returncode == 2
     assert message in refused.stderr
