@@ -9,22 +9,32 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from dg_timm._errors import BadValue
+from dg_timm.hub.labeling import SINGLE, Labeling
 from dg_timm.training.data.images import Collate, Images
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank, StreamSampler
+from dg_timm.training.data.several import describe_labels
 from dg_timm.training.data.sources import load_splits
 from dg_timm.training.data.splits import Split, Splits
 
 AnySplit = TypeVar("AnySplit", bound=Any)  # of images with labels, or with boxes
 
 
-def load_data(args: argparse.Namespace, cache_dir: Path | None = None, *, only_evaluate: bool = False) -> Splits:
+def load_data(
+    args: argparse.Namespace,
+    cache_dir: Path | None = None,
+    *,
+    only_evaluate: bool = False,
+    labeling: Labeling = SINGLE,
+) -> Splits:
     """Load both splits that the options name.
 
     Args:
-        args: options of :func:`dg_timm.training.run.data_options.add_data_options`.
+        args: options of :func:`dg_timm.training.run.data_options.add_data_options`; where labels are more than a
+            single class, also of :func:`dg_timm.training.run.data_options.add_task_options`.
         cache_dir: folder for the copy that ``datasets`` makes; by default its own cache.
         only_evaluate: take all rows of data whose only splits are held out, and none to train on.
+        labeling: what labels are for.
 
     Raises:
         BadValue: naming the option, file, split or column that can't be used.
@@ -42,11 +52,16 @@ def load_data(args: argparse.Namespace, cache_dir: Path | None = None, *, only_e
         cache_dir=cache_dir,
         skip_bad_rows=args.on_bad_image == "skip",
         only_evaluate=only_evaluate,
+        labeling=labeling,
+        label_separator=None if labeling.task == "single" else args.label_separator,
     )
-    return splits._replace(
+    splits = splits._replace(
         train=limit(splits.train, args.train_limit, "--train-limit") if splits.train.size != 0 else splits.train,
         test=limit(splits.test, args.val_limit, "--val-limit"),
     )
+    if labeling.task != "multilabel":
+        return splits
+    return splits._replace(remarks=tuple(describe_labels(splits.train, splits.test, splits.label_names)))
 
 
 def _read_names(file: str | None) -> list[str] | None:
@@ -106,7 +121,7 @@ def make_loader(
     return Loader(
         make_sampler(split, args, batch_size, rank, training),
         Images(split, transform, label_names, channels=data_config["input_size"][0], seed=seed),
-        Collate(batch_size, data_config["input_size"]),
+        Collate(batch_size, data_config["input_size"], None if split.form.kind == "class" else len(label_names)),
         workers=args.workers,
         pin_memory=accelerator.device.type == "cuda",
         on_bad_image=args.on_bad_image,

@@ -25,12 +25,14 @@ from dg_timm.training.data.loader import Loader, sample_images
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
-from dg_timm.training.loop.report import TOP1, Row
+from dg_timm.training.loop.report import TOP1, Metric, Row
 from dg_timm.training.run.build import Network, build_network
 from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
+from dg_timm.training.run.data_options import labeling_of_options
 from dg_timm.training.run.fine_tuning import save_model
 from dg_timm.training.run.networks import read_config
 from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
@@ -50,7 +52,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     if (args.mixup or args.cutmix) and split.micro_batch % 2:
         raise BadValue(f"mixup pairs the images of a batch: the micro-batch must be even, not {split.micro_batch}")
     with accelerator.local_main_process_first():
-        splits = load_data(args)
+        splits = load_data(args, labeling=labeling_of_options(args))
     num_classes, rows = _count_classes(args, splits), _count_rows(args, splits)
     accelerator.print(describe_data(splits, args.data), flush=True)
     set_seed(args.seed)
@@ -85,7 +87,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluation.evaluate,
-        metric=TOP1 if args.target_cost is None else value_of(TOP1),
+        metric=evaluation.figures.metric if args.target_cost is None else value_of(evaluation.figures.metric),
         observe=evaluation.observe,
         write_config=output.write_config,
         export=output.export,
@@ -131,6 +133,7 @@ class _Evaluation:
     ) -> None:
         self.args, self.val_loader, self.accelerator = args, val_loader, accelerator
         self.num_classes = network.objective.num_classes
+        self.figures = figures_of(network.objective.labeling, self.num_classes)
         self.costs: Costs | None = None
         if args.target_cost is not None:
             self.costs = count_costs(network.model, network.data_config["input_size"])
@@ -143,13 +146,19 @@ class _Evaluation:
         if self.costs is None:
             return self._evaluate(candidate, stopping, None)
         evaluate = partial(self._evaluate, candidate, stopping, self.costs)
-        return evaluate_targets(self.args.target_cost, TOP1, evaluate)
+        return evaluate_targets(self.args.target_cost, self.figures.metric, evaluate)
 
     def _evaluate(self, candidate: nn.Module, stopping: Callable[[], bool], costs: Costs | None) -> Row:
-        batches, layout = self.val_loader.epoch(0), self.args.channels_last
-        result = evaluate_model(candidate, batches, self.accelerator, channels_last=layout, costs=costs, stop=stopping)
-        row: Row = {"loss": result.loss, "top1": result.top1}
-        row |= {"top5": result.top5} if self.num_classes > 5 else {}
+        result = evaluate_model(
+            candidate,
+            self.val_loader.epoch(0),
+            self.accelerator,
+            channels_last=self.args.channels_last,
+            costs=costs,
+            stop=stopping,
+            figures=self.figures,
+        )
+        row: Row = {key: value for key, value in result.figures.items() if key != "top5" or self.num_classes > 5}
         if costs is not None:
             spread = result.costs.std(unbiased=False).item()
             row |= {
@@ -169,7 +178,11 @@ class _Evaluation:
         some = itertools.islice(self.val_loader.epoch(0), -(-CURVE_IMAGES // self.val_loader.sampler.batch_size))
         moved = [batch.move_to(self.accelerator.device, layout) for batch in some]
         counted = [batch.sample_mask > 0 for batch in moved]
-        pairs = [(batch.images[own], batch.labels[own]) for batch, own in zip(moved, counted, strict=True)]
+        single = self.figures.metric is TOP1
+        pairs = [
+            (batch.images[own], batch.labels[own] if single else None)
+            for batch, own in zip(moved, counted, strict=True)
+        ]
         keep_curve(best, measure_budgets(best, pairs, budgets))
 
     def observe(self, candidate: nn.Module) -> Row:
@@ -199,7 +212,9 @@ class _Output:
             Path(self.args.output) / "model",
             label_names=self.label_names,
             data_config=self.network.data_config,
-            card=make_card(self.args, row, epochs, self.network.random, average, self.images),
+            card=make_card(
+                self.args, row, epochs, self.network.random, average, self.images, self.evaluation.figures.metric
+            ),
         )
 
 
@@ -214,7 +229,9 @@ def named_source(source: str) -> str:
     return f"weights in {folder.name}/{file.name}" if generic and file.is_file() else file.name
 
 
-def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None) -> Card:
+def make_card(
+    args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None, metric: Metric
+) -> Card:
     """Write what the card says of the training, and only what this run measured.
 
     Args:
@@ -224,6 +241,7 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
         random: whether the network started from random weights.
         ema: whether the average of the weights is saved.
         images: number of images that were evaluated; None if unknown.
+        metric: the figure of the row that the card shows.
     """
     path = Path(args.data)
     name = path.name if path.exists() else args.data
@@ -244,7 +262,8 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
     on_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", args.data) and not path.exists() else None
     measured = Accuracy(
         dataset=name,
-        value=float(row["ema_top1" if ema else "eval_top1"]),
+        value=float(row[f"{'ema' if ema else 'eval'}_{metric.name}"]),
+        metric=metric.title.removesuffix(" (%)"),
         split=args.val_split or "held out",  # which one it was depends on the data set
         images=images,
         spread="one seed, the best epoch on these images",

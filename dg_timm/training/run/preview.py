@@ -17,6 +17,7 @@ from dg_timm.training.data.summary import describe_data, draw_samples
 from dg_timm.training.loop.optimization import BatchSplit, split_batch
 from dg_timm.training.run.build import Network, build_network, build_optimization
 from dg_timm.training.run.build_data import load_data
+from dg_timm.training.run.data_options import labeling_of_options
 
 _TIMED_UPDATES = 3
 
@@ -58,7 +59,7 @@ def summarize_data(args: argparse.Namespace) -> None:
     Raises:
         BadValue: the data can't be used, or the picture can't be written.
     """
-    splits = load_data(args)
+    splits = load_data(args, labeling=labeling_of_options(args))
     print(describe_data(splits, args.data))
     shown = draw_samples(splits.train, splits.label_names, Path(args.data_summary))
     print(f"{args.data_summary} shows {shown} of them")
@@ -77,14 +78,15 @@ def _count_data(args: argparse.Namespace) -> tuple[int, int, str]:
 
 def _open_data(args: argparse.Namespace, cache_dir: Path) -> Splits:
     """Open the data as a stream, which copies nothing; where a stream does not tell enough, as the run would."""
+    labeling = labeling_of_options(args)
     whole = {**vars(args), "train_limit": None, "val_limit": None}
     try:
         streamed = {**whole, "streaming": args.streaming or args.data != "digits"}
-        return load_data(argparse.Namespace(**streamed), cache_dir)
+        return load_data(argparse.Namespace(**streamed), cache_dir, labeling=labeling)
     except BadValue:
         if args.streaming:
             raise
-        return load_data(argparse.Namespace(**whole), cache_dir)
+        return load_data(argparse.Namespace(**whole), cache_dir, labeling=labeling)
 
 
 def print_plan(
