@@ -163,5 +163,5 @@ def test_every_loss_learns(tmp_path, loss):
     process = train(*SEVERAL, "--data", data, "--loss", loss, "--epochs", 8, "--output", tmp_path / "run", "--lr", 3e-3)
     assert process.returncode == 0, process.stderr
     summary = rows(tmp_path / "run" / "summary.csv")
-    assert float(summary[-1]["train_loss"]) < 0.9 * float(summary[0]["train_loss"])
+    assert float(summary[-1]["train_loss"]) < 0.95 * float(summary[0]["train_loss"])
     assert float(summary[-1]["eval_map"]) > 60  # a constant score has 50 at most

@@ -13,6 +13,7 @@ from dg_timm.training.data.decoding import decode_image
 from dg_timm.training.data.label_forms import Encoder, Target
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Split
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -71,7 +72,8 @@ class Images(Dataset[Any]):
 
     Args:
         split: from :func:`dg_timm.training.data.sources.load_splits`.
-        transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does.
+        transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does; or
+            one for each epoch.
         label_names: one name for each class. Labels that have names are looked up by name, not by number.
         channels: 1, 3 or 4.
         seed: of the augmentation; None if ``transform`` is not random.
@@ -80,7 +82,7 @@ class Images(Dataset[Any]):
     def __init__(
         self,
         split: Split,
-        transform: Callable[[Any], Tensor],
+        transform: Callable[[Any], Tensor] | SizeSchedule,
         label_names: Sequence[str],
         *,
         channels: int = 3,
@@ -101,10 +103,11 @@ class Images(Dataset[Any]):
             image = decode_image(value, self.mode)
         except Exception as error:  # decoders raise anything
             return Unreadable(f"{self._name(key, value)}: {describe(error)}")
+        transform = self.transform.at(key.epoch) if isinstance(self.transform, SizeSchedule) else self.transform
         if self.seed is None:
-            return self.transform(image), label, key
+            return transform(image), label, key
         with seeded(self.seed, key.epoch, key.shard, key.row, key.copy):
-            return self.transform(image), label, key
+            return transform(image), label, key
 
     def _name(self, key: SampleKey, value: Any) -> str:
         return self.split.name_row(key.row, value, None if key.example is None else key.shard)

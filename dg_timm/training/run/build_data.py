@@ -7,13 +7,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 
 from dg_timm._errors import BadValue
+from dg_timm.analysis.counting import complexity
 from dg_timm.hub.labeling import SINGLE, Labeling
 from dg_timm.training.data.images import Collate, Images
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank, StreamSampler
 from dg_timm.training.data.several import describe_labels
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.sources import load_splits
 from dg_timm.training.data.splits import Split, Splits
 
@@ -157,22 +160,51 @@ def _stream_sampler(
     return StreamSampler(split.rows, batch_size, rank, shuffle=training, seed=args.seed, buffer=args.shuffle_buffer)
 
 
-def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
+def epochs_of(args: argparse.Namespace, updates_per_epoch: int) -> int:
+    """Return how many epochs a training has, also one that is counted in updates."""
+    return args.epochs if args.updates is None else -(-args.updates // max(updates_per_epoch, 1))
+
+
+def make_transforms(
+    args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], epochs: int
+) -> tuple[Any, Any]:
     """Make timm's transforms of images for training and for evaluation.
 
+    Args:
+        args: options of a training.
+        model: that takes the images.
+        data_config: preprocessing, as timm describes it.
+        epochs: of the training, over which ``--size-schedule`` goes.
+
     Raises:
-        BadValue: if timm can't make the augmentation.
+        BadValue: if timm can't make the augmentation, or the network does not take the sizes.
     """
     test = create_transform(**data_config)
+    if args.size_schedule is None:
+        return _make_training_transform(args, data_config), test
+    channels = data_config["input_size"][0]
+
+    def make(size: int) -> Any:
+        try:
+            complexity(model, (channels, size, size))
+        except (RuntimeError, AssertionError) as error:  # of any layer: too small, or of a fixed size
+            reason = str(error).splitlines()[0]
+            raise BadValue(f"--size-schedule: {args.model} can't take images of {size} pixels ({reason})") from error
+        return _make_training_transform(args, {**data_config, "input_size": (channels, size, size)})
+
+    return SizeSchedule(args.size_schedule, epochs, make), test
+
+
+def _make_training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
     if not args.augment:
-        return test, test
+        return create_transform(**data_config)
     try:
-        return _training_transform(args, data_config), test
+        return _augmentation(args, data_config)
     except (AssertionError, KeyError, ValueError) as error:
         raise BadValue(f"timm can't make this augmentation (--auto-augment {args.auto_augment}): {error!r}") from error
 
 
-def _training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
+def _augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
     return create_transform(
         **data_config,
         is_training=True,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
 from dg_timm.training.data.loader import Loader, sample_images
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
@@ -30,7 +32,7 @@ from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
 from dg_timm.training.loop.report import TOP1, Metric, Row
 from dg_timm.training.run.build import Network, build_network
-from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
+from dg_timm.training.run.build_data import epochs_of, load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
 from dg_timm.training.run.data_options import labeling_of_options
 from dg_timm.training.run.fine_tuning import save_model
@@ -59,14 +61,14 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     network = build_network(args, num_classes, accelerator)
     accelerator.print(describe_start(network))
     splits = splits._replace(label_names=names_to_train(network.model, splits.label_names, accelerator.print))
-    transforms = make_transforms(args, network.data_config)
+    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
+    transforms = _make_transforms(args, network, updates_per_epoch, accelerator)
     names, config = splits.label_names, network.data_config
     loader = make_loader(
         splits.train, args, transforms[0], names, split.micro_batch, accelerator, config, training=True
     )
     val_batch = args.val_batch_size or VAL_BATCH
     val_loader = make_loader(splits.test, args, transforms[1], names, val_batch, accelerator, config, training=False)
-    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
     objective: Callable[..., Losses] = network.objective
     if args.target_cost is not None:
         updates = args.updates or args.epochs * updates_per_epoch
@@ -109,6 +111,17 @@ def describe_start(network: Network) -> str:
     stages = graph_stages(network.model)
     kind = f"{len(stages)} graphs ({', '.join(stages)})" if stages else "static"
     return f"{kind}; {start}"
+
+
+def _make_transforms(
+    args: argparse.Namespace, network: Network, updates_per_epoch: int, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Make the transforms for training and for evaluation, and say which sizes the first one goes through."""
+    epochs = epochs_of(args, updates_per_epoch)
+    transforms = make_transforms(args, network.model, network.data_config, epochs)
+    if isinstance(transforms[0], SizeSchedule):
+        accelerator.print(transforms[0].describe())
+    return transforms
 
 
 def _count_classes(args: argparse.Namespace, splits: Splits) -> int:

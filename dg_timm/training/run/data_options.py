@@ -175,6 +175,14 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
         choices=("rrc", "rkrc", "rkrr"),
         help="timm's kind of crop: random resized (rrc), or one that keeps the image's ratio; by default rrc",
     )
+    aug.add_argument(
+        "--size-schedule",
+        type=positive_int,
+        nargs="+",
+        metavar="SIZE",
+        help="heights and widths of the training images in pixels, one after the other over equal parts of the epochs; "
+        "evaluation stays at --image-size, and so do by default all epochs",
+    )
     aug.add_argument("--hflip", type=fraction, default=0.5, help="probability of flipping left and right")
     aug.add_argument("--vflip", type=fraction, default=0.0, help="probability of flipping top and bottom")
     aug.add_argument("--color-jitter", type=non_negative_float, default=0.0, help="strength of random color changes")

@@ -16,7 +16,7 @@ from dg_timm.training.data.splits import Splits, count_rows
 from dg_timm.training.data.summary import describe_data, draw_samples
 from dg_timm.training.loop.optimization import BatchSplit, split_batch
 from dg_timm.training.run.build import Network, build_network, build_optimization
-from dg_timm.training.run.build_data import load_data
+from dg_timm.training.run.build_data import epochs_of, load_data, make_transforms
 from dg_timm.training.run.data_options import labeling_of_options
 
 _TIMED_UPDATES = 3
@@ -44,6 +44,9 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"multiply-adds at {size}, {len(graph_stages(network.model))} dynamic stages"
     )
     print(f"data         {source}: {rows} images to train on, {args.num_classes or classes} classes")
+    if args.size_schedule is not None:
+        sizes, _ = make_transforms(args, network.model, network.data_config, epochs_of(args, updates))
+        print(f"sizes        {sizes.describe()}")
     print_plan(args, split, optimizer, schedule, updates, epochs)
     seconds = _time_update(network, split.micro_batch, accelerator) * split.accumulation
     print(
