@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -20,6 +21,7 @@ from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model
 from dg_timm.training.loop.figures import average_precision, figures_of, keep_scores
 from dg_timm.training.loop.objective import ClassificationObjective
+from dg_timm.training.run.classes import match_classes
 from tests.helpers.files import png
 from tests.helpers.labels import NAMES, classes_of, flags, joined, labeled_csv
 
@@ -102,6 +104,19 @@ def test_labels_are_matched_by_name(tmp_path):
     splits = load_splits(str(labeled_csv(tmp_path, ROWS, flags)), labeling=SEVERAL)
     turned = targets(splits.train, NAMES[::-1])
     assert torch.equal(turned.flip(1), targets(splits.train, NAMES))
+
+
+def test_lists_of_0_and_1_have_no_names(tmp_path):
+    """They are those of a network's classes, by their places; with --label-names they are named, and may be turned."""
+    source = saved(tmp_path, datasets.List(datasets.Value("int64")), many_hot)
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg["label_names"] = list(NAMES[::-1])
+    splits = load_splits(str(source), labeling=SEVERAL)
+    assert match_classes("net", model, splits, "data", None) == ["0", "1", "2"]
+    named = load_splits(str(source), labeling=SEVERAL, label_names=list(NAMES))
+    names = match_classes("net", model, named, "data", None)
+    assert names == list(NAMES[::-1])
+    assert torch.equal(targets(named.test, names).flip(1), targets(splits.test, ["0", "1", "2"]))
 
 
 def changed(row, **values):

@@ -60,6 +60,8 @@ def test_saved_again_it_still_does(trained, tmp_path):
     assert labeling_of(networks.create(str(tmp_path / "again"))).task == "multilabel"
     other = networks.create(str(output / "model"), num_classes=7)
     assert labeling_of(other).task == "single"  # its classifier is another one
+    weights = networks.create("dg_test_convnext2", initial_checkpoint=str(output / "model"))
+    assert labeling_of(weights).task == "multilabel"
 
 
 def held(k):

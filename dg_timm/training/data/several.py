@@ -54,13 +54,16 @@ def name_several(rows: Any, columns: Columns, given: Sequence[str] | None, asked
     return list(found)
 
 
-def names_to_evaluate(columns: Columns, trained: Columns, names: Sequence[str], source: str) -> Sequence[str] | None:
+def names_to_evaluate(
+    columns: Columns, trained: Columns, names: Sequence[str], own: Sequence[str] | None, source: str
+) -> Sequence[str] | None:
     """Return what the numbers in the labels to evaluate on stand for; None where they have no names of their own.
 
     Args:
         columns: of the rows to evaluate on.
         trained: of those to train on.
         names: the classes to train on, by number; they may be other names than those of ``trained``.
+        own: what the numbers to train on stand for; None where they have no names.
         source: of the rows to evaluate on, for messages.
 
     Raises:
@@ -71,7 +74,7 @@ def names_to_evaluate(columns: Columns, trained: Columns, names: Sequence[str], 
     if len(columns.labels) == 1 or columns.labels == trained.labels:
         if columns.form.width != len(names):
             raise BadValue(f"the rows of {source} have {columns.form.width} numbers for {len(names)} classes")
-        return names
+        return own
     unknown = [name for name in columns.labels if name not in set(names)]
     if unknown:
         raise BadValue(f"the classes {unknown} to evaluate on are none of those to train on; name the columns of "

@@ -161,7 +161,8 @@ class _Reader:
 
     def __init__(self, asked: Asked, skip: bool, left_out: list[str]) -> None:
         self.asked, self.skip, self.left_out = asked, skip, left_out
-        self.columns: Columns | None = None  # of the first split
+        self.columns: Columns | None = None  # of the first split, ...
+        self.own: Sequence[str] | None = None  # ... and what the numbers in its labels stand for
 
     def read(
         self, rows: Any, source: str, purpose: str, label_names: Sequence[str] | None, num_classes: int | None
@@ -178,14 +179,15 @@ class _Reader:
             names = name_classes(rows, columns.labels[0], label_names, num_classes, source)
         else:
             names = name_several(rows, columns, label_names, self.asked, source)
-        own = names if columns.known is not None or columns.form.kind == "vector" else None
-        return self._read(rows, columns, f"the {purpose} split of {source}", names, own), names
+        named = label_names is not None or len(columns.labels) > 1
+        self.own = names if columns.known is not None or (columns.form.kind == "vector" and named) else None
+        return self._read(rows, columns, f"the {purpose} split of {source}", names, self.own), names
 
     def read_other(self, rows: Any, source: str, names: Sequence[str]) -> Split:
         """Make the split to evaluate on, whose classes are those of the first."""
         assert self.columns is not None
         columns = find_columns(rows, self.asked, source, self.columns)
-        own = names_to_evaluate(columns, self.columns, names, source)
+        own = names_to_evaluate(columns, self.columns, names, self.own, source)
         return self._read(rows, columns, f"the evaluation split of {source}", names, own)
 
     def _read(
