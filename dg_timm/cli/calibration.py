@@ -38,6 +38,7 @@ from dg_timm.cli.errors import cli_errors
 from dg_timm.cli.gate_budgets import DEFAULT_MAX_DROP, calibrate_gates
 from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import graph_stages
+from dg_timm.hub.labeling import labeling_of
 from dg_timm.training.loop.csv_tables import write_csv
 from dg_timm.training.run import data_options, networks, operating_points
 from dg_timm.training.run.operating_points import Row
@@ -110,6 +111,9 @@ def calibrate_network(args: argparse.Namespace) -> None:
     model: Any = networks.create(args.model, pretrained=pretrained).eval()
     if not graph_stages(model):
         raise BadValue(f"{args.model} is static: it has no threshold to choose")
+    if labeling_of(model).task != "single":
+        raise BadValue(f"{args.model} was trained with --task {labeling_of(model).task}, and calibration measures "
+                       "top-1: train it towards a cost (--target-cost), or call dg_timm.measure_budgets")  # fmt: skip
     if gates(model):
         args.refit_norms = 0
         batches, _ = operating_points.load_batches(args, model)

@@ -1,5 +1,7 @@
 """Classify pictures: the most likely classes by name, the cost of each picture, and milliseconds.
 
+Of a network that was trained on several labels: all classes whose probability is at least 0.5, however many.
+
     dg-timm predict dg_cifar_resnet26.cifar10 picture.png
     dg-timm predict output/train/model pictures/ --output predictions.csv --top-k 3
     dg-timm predict hf-hub:org/name pictures/ --execution sparse --output predictions.parquet
@@ -32,7 +34,10 @@ from dg_timm.cli.pictures import PictureBatch, Pictures, collate_pictures, find_
 from dg_timm.cli.row_files import Row, open_rows, row_file
 from dg_timm.execution.settings import set_execution
 from dg_timm.graph.stage import graph_stages
+from dg_timm.hub.labeling import labeling_of
 from dg_timm.training.run.option_types import flag, non_negative_int, positive_int
+
+_USUAL = 5  # classes of a picture that has one
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,7 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="pictures, or folders of them")
     result = parser.add_argument_group("result")
     result.add_argument(
-        "--top-k", type=positive_int, default=5, help="number of classes a picture, the likeliest first"
+        "--top-k",
+        type=positive_int,
+        help="number of classes a picture, the likeliest first; by default 5, and of several labels all from 0.5 on",
     )
     result.add_argument("--output", help="file ending with .csv, .json or .parquet; by default rows are printed")
     result.add_argument("--json", action="store_true", help="print rows as JSON lines, in place of CSV")
@@ -78,7 +85,8 @@ class Predictor:
         self.device = _device(args.device)
         self.model, self.config = load_network(args.model, args.checkpoint, args.image_size)
         self.names = class_names(self.model)
-        self.top_k = min(args.top_k, len(self.names))
+        self.independent = labeling_of(self.model).independent
+        self.top_k = args.top_k
         self.model.to(self.device)
         stages = graph_stages(self.model)
         self.costs = None
@@ -110,18 +118,39 @@ class Predictor:
     def rows(self, files: Sequence[str], images: Tensor) -> list[Row]:
         """Make the rows of a batch."""
         logits, costs, seconds = self.run(images.to(self.device, non_blocking=True))
-        scores, classes = (found.tolist() for found in logits.float().softmax(1).topk(self.top_k))
+        found = self._classes(logits.float().cpu())
         price = [] if costs is None else costs.tolist()
         made = []
         for k, file in enumerate(files):
-            row: Row = {"file": file}
-            for place, (score, label) in enumerate(zip(scores[k], classes[k], strict=True), start=1):
-                row |= {f"class_{place}": self.names[label], f"score_{place}": round(score, 6)}
+            row: Row = {"file": file, **found[k]}
             if price:
                 row["cost"] = round(price[k], 6)
             row["ms"] = round(1000 * seconds / len(files), 4)
             made.append(row)
         return made
+
+    def _classes(self, logits: Tensor) -> list[Row]:
+        """Name the classes of every image with their probabilities, the likeliest first.
+
+        Args:
+            logits: (batch, classes).
+
+        Returns:
+            a row of columns for each image: class_1, score_1 and so on; or ``labels`` and ``scores``, lists as long as
+            they come out, where each class has a probability of its own.
+        """
+        probabilities = logits.sigmoid() if self.independent else logits.softmax(1)
+        scores, classes = probabilities.sort(dim=1, descending=True, stable=True)
+        rows: list[Row] = []
+        for of_image, ranked in zip(scores.tolist(), classes.tolist(), strict=True):
+            count = self.top_k or (sum(score >= 0.5 for score in of_image) if self.independent else _USUAL)
+            best = [(self.names[label], round(score, 6)) for label, score in zip(ranked, of_image, strict=True)][:count]
+            if self.independent:
+                rows.append({"labels": [name for name, _ in best], "scores": [score for _, score in best]})
+            else:
+                pairs = [{f"class_{k}": name, f"score_{k}": score} for k, (name, score) in enumerate(best, start=1)]
+                rows.append({key: value for pair in pairs for key, value in pair.items()})
+        return rows
 
 
 def _device(name: str) -> torch.device:

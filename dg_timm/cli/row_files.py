@@ -1,4 +1,7 @@
-"""Write rows to a file as they come: CSV, JSON or Parquet, in one step once all are there."""
+"""Write rows to a file as they come: CSV, JSON or Parquet, in one step once all are there.
+
+A list in a row is one in JSON, and a text with | between its items elsewhere.
+"""
 
 import contextlib
 import csv
@@ -10,9 +13,14 @@ from typing import IO, Any
 
 from dg_timm._errors import BadValue, MissingPackage
 from dg_timm._files import atomic_path
+from dg_timm.training.data.label_forms import SEPARATOR
 
 Row = dict[str, Any]
 Write = Callable[[Sequence[Row]], None]
+
+
+def _flat(row: Row) -> Row:
+    return {key: SEPARATOR.join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
 
 
 @contextlib.contextmanager
@@ -30,7 +38,7 @@ def csv_writer(stream: IO[str]) -> Write:
         if rows and not begun:
             begun.append(True)
             table.writerow(rows[0])
-        table.writerows(row.values() for row in rows)
+        table.writerows(_flat(row).values() for row in rows)
 
     return write
 
@@ -68,7 +76,7 @@ def _parquet_rows(file: Path) -> Iterator[Write]:
         def write(rows: Sequence[Row]) -> None:
             if not rows:
                 return
-            table = pyarrow.Table.from_pylist(list(rows))
+            table = pyarrow.Table.from_pylist([_flat(row) for row in rows])
             if not opened:
                 opened.append(stack.enter_context(parquet.ParquetWriter(file, table.schema)))
             opened[0].write_table(table)

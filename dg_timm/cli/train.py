@@ -35,13 +35,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     run_options.add_run_options(parser)
     data_options.add_data_options(parser)
+    data_options.add_task_options(parser, "single")
     data_options.add_summary_option(parser)
     data_options.add_image_options(parser)
     data_options.add_augmentation_options(parser)
     training_options.add_model_options(parser)
     training_options.add_optimization_options(parser)
     training_options.add_objective_options(parser)
-    return parse_with_recipe(parser, argv, RECIPES, {"--target-cost": training_options.COST_DEFAULTS})
+    args = parse_with_recipe(parser, argv, RECIPES, {"--target-cost": training_options.COST_DEFAULTS})
+    args.loss = data_options.labeling_of_options(args).loss
+    return args
 
 
 @cli_errors

@@ -1,5 +1,7 @@
 """Evaluate networks: top-1, top-5 and loss, exact under any number of processes. Prints a JSON line for each network.
 
+Of a network that was trained on several labels: mAP, F1 and loss.
+
     dg-timm validate output/train/model --data digits
     dg-timm validate dg_resnet50.a1_in1k resnet50.a1_in1k --data path/to/imagenet --val-split validation
     dg-timm validate hf-hub:org/name local-dir:folder output/train/checkpoints/best/ema --data ...
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +25,16 @@ from timm.data import create_transform
 
 import dg_timm
 from dg_timm._command_line import CommandParser
+from dg_timm._errors import BadValue
 from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
+from dg_timm.hub.labeling import LOSSES, Labeling, labeling_of
 from dg_timm.training.data.loader import sample_images
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.run import data_options, networks
 from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
 from dg_timm.training.run.classes import match_classes
@@ -43,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="networks to evaluate, one after the other")
     data_options.add_data_options(parser)
+    data_options.add_task_options(parser, None)
     data_options.add_image_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -75,11 +81,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def validate_network(name: str, splits: Splits, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """Evaluate one network; return its figures, the same in every process but for ``cost``.
+def create_network(name: str, args: argparse.Namespace, labeling: Labeling | None) -> Any:
+    """Make a network; what its outputs mean is noted as ``labeling``.
+
+    Args:
+        name: any that :func:`dg_timm.training.run.networks.create` takes.
+        args: options of the command.
+        labeling: of the data as they were loaded for the networks before; None if there was none.
 
     Raises:
-        BadValue: for a network whose classes are not those of the data.
+        BadValue: for a network that was trained for another task than those before.
     """
     model = networks.create(
         name,
@@ -88,6 +99,24 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
         in_chans=args.in_chans,
         **args.model_kwargs,
     )
+    found = labeling_of(model)
+    if args.task not in (None, found.task):
+        found = Labeling(args.task, LOSSES[args.task][0])
+    if labeling is not None and labeling.task != found.task:
+        raise BadValue(f"{name} was trained with --task {found.task}, and the networks before with --task "
+                       f"{labeling.task}: evaluate them one by one")  # fmt: skip
+    model.labeling = found
+    return model
+
+
+def validate_network(
+    name: str, model: Any, splits: Splits, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Evaluate one network; return its figures, the same in every process but for ``cost``.
+
+    Raises:
+        BadValue: for a network whose classes are not those of the data.
+    """
     label_names = match_classes(name, model, splits, args.data, args.num_classes)
     data_config = data_config_of(model, args)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -99,14 +128,13 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
         splits.test, args, transform, label_names, args.batch_size, accelerator, data_config, training=False
     )
     start = time.perf_counter()
-    result = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last)
+    figures = figures_of(labeling_of(model), model.num_classes)
+    result = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last, figures=figures)
     seconds = time.perf_counter() - start
     counts = dg_timm.complexity(model, data_config["input_size"])
     row: dict[str, Any] = dict(
         model=name,
-        top1=result.top1,
-        top5=result.top5 if model.num_classes > 5 else None,
-        loss=result.loss,
+        **_shown(result.figures, model.num_classes),
         images=result.images,
         params=counts.params,
         multiply_adds=counts.multiply_adds,
@@ -121,18 +149,40 @@ def validate_network(name: str, splits: Splits, args: argparse.Namespace, accele
     return row
 
 
+def _shown(figures: Mapping[str, float], num_classes: int) -> dict[str, Any]:
+    """Put the loss last; of five classes or fewer, the five best say nothing."""
+    shown: dict[str, Any] = {key: value for key, value in figures.items() if key != "loss"}
+    if "top1" in shown:
+        shown["top5"] = shown.get("top5") if num_classes > 5 else None
+    return shown | {"loss": figures["loss"]}
+
+
+_TITLES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "map": "mAP (%)", "micro_f1": "micro F1", "macro_f1": "macro F1"}
+
+
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Write the figures of several networks side by side."""
     width = max(len(row["model"]) for row in rows)
-    titles = f"{'top-1 (%)':>10} {'top-5 (%)':>10} {'loss':>8} {'params (M)':>11} {'MACs (M)':>9} {'cost':>6}"
-    lines = [f"{'':{width}} {titles}"]
+    keys = [key for key in _TITLES if key in rows[0]]
+    titles = " ".join(f"{_TITLES[key]:>10}" for key in keys)
+    lines = [f"{'':{width}} {titles} {'loss':>8} {'params (M)':>11} {'MACs (M)':>9} {'cost':>6}"]
     for row in rows:
-        top5, cost = (f"{value:.3f}" if value is not None else "" for value in (row["top5"], row.get("cost")))
+        shown = " ".join(f"{'' if row[key] is None else format(row[key], '.3f'):>10}" for key in keys)
+        cost = f"{row['cost']:.3f}" if "cost" in row else ""
         lines.append(
-            f"{row['model']:{width}} {row['top1']:10.3f} {top5:>10} {row['loss']:8.4f} "
+            f"{row['model']:{width}} {shown} {row['loss']:8.4f} "
             f"{row['params'] / 1e6:11.3f} {row['multiply_adds'] / 1e6:9.1f} {cost:>6}"
         )
     return "\n".join(lines)
+
+
+def _load(args: argparse.Namespace, labeling: Labeling, accelerator: Accelerator) -> Splits:
+    """Load the data, and say what they hold."""
+    with accelerator.local_main_process_first():
+        splits = load_data(args, only_evaluate=True, labeling=labeling)
+    if accelerator.is_main_process:
+        print(describe_data(splits, args.data), file=sys.stderr)
+    return splits
 
 
 @cli_errors
@@ -141,13 +191,14 @@ def main() -> int:
     args = parse()
     data_options.require_data(args)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision)
-    with accelerator.local_main_process_first():
-        splits = load_data(args, only_evaluate=True)
-    if accelerator.is_main_process:
-        print(describe_data(splits, args.data), file=sys.stderr)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    splits, labeling = None, None
     for name in args.models:
-        rows.append(validate_network(name, splits, args, accelerator))
+        model = create_network(name, args, labeling)
+        if splits is None:
+            labeling = labeling_of(model)
+            splits = _load(args, labeling, accelerator)
+        rows.append(validate_network(name, model, splits, args, accelerator))
         accelerator.print(json.dumps(rows[-1]), flush=True)
     accelerator.end_training()
     if len(rows) > 1:

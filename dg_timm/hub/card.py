@@ -15,16 +15,17 @@ from dg_timm._errors import BadValue
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A measured top-1 accuracy.
+    """A measured accuracy.
 
     Attributes:
         dataset: name of the data set, for people.
-        value: top-1 accuracy of this network, in percent.
-        static: top-1 accuracy of the static network in the same experiment, in percent; None if it was not measured.
+        value: accuracy of this network, in percent.
+        static: that of the static network in the same experiment, in percent; None if it was not measured.
         split: split of the data set.
         images: number of images in the split.
         spread: how far repetitions differ, in words: "standard deviation 0.46 over 3 seeds", "one seed".
         hub_dataset: name of the data set on the Hub, if it is there.
+        metric: what was measured: ``top-1``, or ``mAP`` of several labels.
 
     Raises:
         BadValue: if an accuracy is not between 0 and 100.
@@ -37,6 +38,7 @@ class Accuracy:
     images: Optional[int] = None
     spread: str = "one run"
     hub_dataset: Optional[str] = None
+    metric: str = "top-1"
 
     def __post_init__(self) -> None:
         for value in (self.value, self.static):

@@ -14,6 +14,7 @@ from dg_timm._errors import BadValue
 from dg_timm._files import atomic_path
 from dg_timm._version import __version__
 from dg_timm.graph.stage import BOOL_OPTIONS, graph_stages, require_dynamic
+from dg_timm.hub.labeling import labeling_of
 from dg_timm.hub.provenance import provenance_of
 
 # What timm publishes with its weights, and other weights must not claim
@@ -30,7 +31,8 @@ def write_config(
     """Write the config.json of a network, dynamic or static, and return its content.
 
     Args:
-        model: a timm model, or a dynamic graph network that has a ``dg_`` name.
+        model: a timm model, or a dynamic graph network that has a ``dg_`` name. What its outputs mean, where that is
+            not a single class, is noted as ``model.labeling`` (:class:`dg_timm.hub.labeling.Labeling`).
         file: where it goes; it is replaced as a whole.
         label_names: one name for each class; by default those that the model was loaded with, if they still fit.
         data_config: preprocessing that differs from the model's own, as for :func:`dg_timm.save_pretrained`.
@@ -41,17 +43,20 @@ def write_config(
     dynamic = bool(graph_stages(model))
     architecture, model_args = name_and_options(model) if dynamic else (None, {})
     labels = list(label_names) if label_names is not None else _labels_of(model)
+    labeling = labeling_of(model)
     with atomic_path(file) as temporary:
         save_timm_config(
             model,
             temporary,
-            model_config={"label_names": labels, "dg_timm": {"version": __version__}},
+            model_config={"label_names": labels, "dg_timm": {"version": __version__, **labeling.describe()}},
             model_args=model_args,
             data_config=dict(data_config or {}),
         )
         config: dict[str, Any] = json.loads(temporary.read_text(encoding="utf-8"))
         config["architecture"] = architecture or config["architecture"]
         config["pretrained_cfg"].pop("label_names", None)  # they are at the root
+        if labeling.independent:
+            config["problem_type"] = "multi_label_classification"  # transformers' pipeline takes the sigmoid then
         provenance = provenance_of(model)
         if dynamic if provenance is None else provenance.from_scratch:
             for key in _ORIGIN:

@@ -13,6 +13,7 @@ from torch import nn
 from dg_timm.analysis.counting import complexity
 from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS, graph_stages
 from dg_timm.hub.card import Accuracy, Card
+from dg_timm.hub.labeling import labeling_in
 from dg_timm.hub.layout import WIRING_PNG
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -41,7 +42,7 @@ def render_card(model: nn.Module, config: Mapping[str, Any], card: Card) -> Mode
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "dg_timm"],
         datasets=list(card.datasets) or None,
-        metrics=["accuracy"] if card.accuracies else None,
+        metrics=sorted({_metric_type(measured) for measured in card.accuracies}) or None,
         base_model=card.base_model,
         model_name=name,
         eval_results=[_eval_result(measured) for measured in card.accuracies] or None,
@@ -62,6 +63,7 @@ def render_card(model: nn.Module, config: Mapping[str, Any], card: Card) -> Mode
         static=complexity(_static_on_meta(static_name, config), size),
         size=size,
         num_classes=config["num_classes"],
+        labeling=labeling_in(config),
         labels=[" ".join(label.split()) for label in config.get("label_names") or ()],
         version=config["dg_timm"]["version"],
     )
@@ -112,13 +114,18 @@ def with_repo_id(text: str, repo_id: str) -> str:
     return text.replace(_PLACEHOLDER_PATH, repo_id)
 
 
+def _metric_type(measured: Accuracy) -> str:
+    """The Hub's word for a figure."""
+    return "accuracy" if measured.metric == "top-1" else measured.metric
+
+
 def _eval_result(measured: Accuracy) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         dataset_type=measured.hub_dataset or re.sub(r"[^\w./-]+", "-", measured.dataset),
         dataset_name=measured.dataset,
         dataset_split=measured.split,
-        metric_type="accuracy",
-        metric_name="top-1 accuracy (%)",
+        metric_type=_metric_type(measured),
+        metric_name=f"{measured.metric}{' accuracy' if measured.metric == 'top-1' else ''} (%)",
         metric_value=round(measured.value, 2),
     )

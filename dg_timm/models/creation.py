@@ -24,6 +24,7 @@ from dg_timm.conversion.state_dict import check_fit, to_identity
 from dg_timm.execution.cascade import set_cascade
 from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS, graph_stages
 from dg_timm.hub.downloads import locate_weights
+from dg_timm.hub.labeling import find_labeling
 from dg_timm.hub.provenance import Provenance
 from dg_timm.models.bundled import bundled_graph_options
 
@@ -78,6 +79,7 @@ def create_dynamic(static_name: str, pretrained: bool = False, **kwargs: Any) ->
     _restore_source(model, {key: getattr(source, key) for key in located})
     from_hub = bool(located) and source.source != "local-dir"
     model.provenance = Provenance(not pretrained, source.hf_hub_id if from_hub else None)  # type: ignore[assignment]
+    model.labeling = find_labeling(model)  # type: ignore[assignment]
     return model
 
 

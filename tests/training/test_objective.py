@@ -7,6 +7,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.task.distillation import DistillationTeacher
 
+from dg_timm.hub.labeling import Labeling
 from dg_timm.training.data.images import Batch
 from dg_timm.training.data.seeding import seeded
 from dg_timm.training.loop.objective import ClassificationObjective
@@ -52,7 +53,7 @@ def test_mixup_is_timms_and_repeats_itself():
 
 def test_binary_cross_entropy_is_torchs():
     model, own = network(), batch()
-    losses = ClassificationObjective(5, loss="bce")(model, own)
+    losses = ClassificationObjective(5, labeling=Labeling("single", "bce"))(model, own)
     expected = F.binary_cross_entropy_with_logits(model(own.images), F.one_hot(own.labels, 5).float())
     assert losses.loss.mean().item() == pytest.approx(expected.item(), rel=1e-6)
 

@@ -107,7 +107,8 @@ EFFECTS = {
     "--cutmix 1 --mixup-prob 0.5": lambda t, k: k.objective.mixup.mix_prob == 0.5,
     "--cutmix 0.7": lambda t, k: k.objective.mixup.cutmix_alpha == 0.7,
     "--smoothing 0.2": lambda t, k: k.objective.smoothing == 0.2,
-    "--loss bce": lambda t, k: k.objective.kind == "bce",
+    "--size-schedule 32 48": lambda t, k: t.loader.images.transform.sizes == [32, 48],
+    "--loss bce": lambda t, k: k.objective.labeling.loss == "bce",
     "--auto-augment rand-m5-n2": lambda t, k: "RandAugment" in str(k.loader.images.transform),
     "--reprob 0.3": lambda t, k: [step.probability for step in erasing(k)] == [0.3],
     "--no-augment": lambda t, k: (k.loader.images.seed, str(k.loader.images.transform)) == (

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dg_timm.training.data.decoding import decode_image
+from dg_timm.training.data.label_forms import Encoder, Target
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Split
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -21,7 +24,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (batch, channels, height, width) float32, normalized.
-        labels: (batch,) int64.
+        labels: (batch,) int64; or (batch, classes) float32, of several classes or of soft labels.
         sample_mask: (batch,) float32; 0 for a row that only fills the batch up, otherwise 1.
         rows: (batch, 2) int64; the shard and the row of every image.
         unreadable: a line for every row whose image can't be decoded.
@@ -69,7 +72,8 @@ class Images(Dataset[Any]):
 
     Args:
         split: from :func:`dg_timm.training.data.sources.load_splits`.
-        transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does.
+        transform: maps a PIL image to a (channels, height, width) tensor, as ``timm.data.create_transform`` does; or
+            one for each epoch.
         label_names: one name for each class. Labels that have names are looked up by name, not by number.
         channels: 1, 3 or 4.
         seed: of the augmentation; None if ``transform`` is not random.
@@ -78,45 +82,35 @@ class Images(Dataset[Any]):
     def __init__(
         self,
         split: Split,
-        transform: Callable[[Any], Tensor],
+        transform: Callable[[Any], Tensor] | SizeSchedule,
         label_names: Sequence[str],
         *,
         channels: int = 3,
         seed: int | None = None,
     ) -> None:
         self.split, self.transform, self.seed = split, transform, seed
-        self.classes = len(label_names)
-        self.class_of = {name: k for k, name in enumerate(label_names)}
-        own = split.classes
-        self.names = own if own is not None and list(own) != list(label_names) else None  # two classes may share a name
+        self.encode = Encoder(split.form, split.classes, label_names)
         self.mode = _MODES[channels]
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, SampleKey] | Unreadable | str:
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target, SampleKey] | Unreadable | str:
         example = self.split.rows[key.row] if key.example is None else key.example
-        value, label = example["image"], self._class(example["label"])
-        if not isinstance(label, int) or not 0 <= label < self.classes:
-            return f"{self._name(key, value)} has the label {label!r}, outside 0..{self.classes - 1}"
+        value = example["image"]
+        try:
+            label = self.encode(example["label"])
+        except ValueError as error:
+            return f"{self._name(key, value)} {error}"
         try:
             image = decode_image(value, self.mode)
         except Exception as error:  # decoders raise anything
             return Unreadable(f"{self._name(key, value)}: {describe(error)}")
+        transform = self.transform.at(key.epoch) if isinstance(self.transform, SizeSchedule) else self.transform
         if self.seed is None:
-            return self.transform(image), label, key
+            return transform(image), label, key
         with seeded(self.seed, key.epoch, key.shard, key.row, key.copy):
-            return self.transform(image), label, key
-
-    def _class(self, label: Any) -> Any:
-        """Return the number of a class; a label that is none as it is."""
-        if self.names is not None and isinstance(label, int) and 0 <= label < len(self.names):
-            label = self.names[label]
-        return self.class_of.get(label, label) if isinstance(label, str) else label
+            return transform(image), label, key
 
     def _name(self, key: SampleKey, value: Any) -> str:
-        """Name a row for people: its number in the data set, its shard, and its file where that is known."""
-        streamed = key.example is not None
-        row = f"row {key.row} of shard {key.shard}" if streamed else f"row {self.split.source_row(key.row)}"
-        path = value.get("path") if isinstance(value, dict) else None
-        return f"{row} of {self.split.name}" + (f" ({path})" if path else "")
+        return self.split.name_row(key.row, value, None if key.example is None else key.shard)
 
 
 class Collate:
@@ -127,10 +121,12 @@ class Collate:
     Args:
         batch_size: number of images in every batch.
         image_size: (channels, height, width).
+        classes: number of them, where a row has a number for each; None where it has the number of one.
     """
 
-    def __init__(self, batch_size: int, image_size: tuple[int, int, int]) -> None:
+    def __init__(self, batch_size: int, image_size: tuple[int, int, int], classes: int | None = None) -> None:
         self.batch_size, self.image_size = batch_size, image_size
+        self.no_label: Target = 0 if classes is None else np.zeros(classes, dtype=np.float32)
 
     def __call__(self, rows: list[Any]) -> Batch:
         """Batch the items of :class:`Images`; without a readable row, no image of the batch counts."""
@@ -140,7 +136,7 @@ class Collate:
         mask[: len(good)] = 1.0
         return Batch(
             torch.stack([row[0] for row in shown]) if good else torch.zeros(self.batch_size, *self.image_size),
-            torch.tensor([row[1] for row in shown] or [0] * self.batch_size),
+            torch.from_numpy(np.stack([row[1] for row in shown] or [self.no_label] * self.batch_size)),
             mask,
             torch.tensor([[row[2].shard, row[2].row] for row in shown] or [[-1, -1]] * self.batch_size),
             [row.where for row in rows if isinstance(row, Unreadable)],

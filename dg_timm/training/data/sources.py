@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Image, IterableDataset, Value
+from datasets import Image, IterableDataset
 
 from dg_timm._errors import BadValue
-from dg_timm.training.data.labels import find_labeled, name_classes, names_of_numbers, set_aside
+from dg_timm.hub.labeling import SINGLE, Labeling
+from dg_timm.training.data.columns import Asked, Columns, find_columns
+from dg_timm.training.data.labels import find_labeled, name_classes, set_aside
 from dg_timm.training.data.opening import open_source
+from dg_timm.training.data.several import check_several, name_several, names_to_evaluate, set_aside_rows
 from dg_timm.training.data.splits import HELD_OUT_SPLITS, TRAIN_SPLITS, Split, Splits, find_split
 
 
@@ -31,6 +34,8 @@ def load_splits(
     cache_dir: Path | None = None,
     skip_bad_rows: bool = False,
     only_evaluate: bool = False,
+    labeling: Labeling = SINGLE,
+    label_separator: str | None = None,
 ) -> Splits:
     """Load a data set for classification. No row is in both splits.
 
@@ -42,7 +47,7 @@ def load_splits(
         val_source: another data set to evaluate on; by default a split of ``source``.
         train_split, val_split: names of the splits; by default train, and validation or else test. A data set with a
             single split is split.
-        image_key, label_key: names of the columns; by default the image column, and the ClassLabel column.
+        image_key, label_key, label_separator, labeling: see :class:`dg_timm.training.data.columns.Asked`.
         label_names: one name for each class, where the data set has none.
         num_classes: number of classes, where labels are integers and a stream does not tell how many there are.
         streaming: read rows as they are needed instead of copying the data set to the disk first.
@@ -58,27 +63,24 @@ def load_splits(
     """
     finder = _Finder(streaming, cache_dir, image_key, only_evaluate)
     found = finder.find(source, val_source, train_split, val_split)
-    reader = _Reader(skip_bad_rows, list(found.left_out))
+    reader = _Reader(Asked(image_key, label_key, label_separator, labeling), skip_bad_rows, list(found.left_out))
     val_source = val_source or source
-    first, first_source = (found.train, source) if found.train is not None else (found.test, val_source)
-    image, label = _columns(first, image_key, label_key, first_source)
-    names = name_classes(first, label, label_names, num_classes, first_source)
-    own = names if isinstance(first.features[label], ClassLabel) else None
     if found.train is None:
-        test = reader.read(first, image, label, f"the evaluation split of {val_source}", names, own)
+        test, names = reader.read(found.test, val_source, "evaluation", label_names, num_classes)
         return Splits(Split(None, f"nothing of {source}", 0), test, names, tuple(reader.left_out))
-    train = reader.read(first, image, label, f"the training split of {source}", names, own)
+    train, names = reader.read(found.train, source, "training", label_names, num_classes)
     if found.test is None:
         return Splits(*_divide(train, test_fraction, seed, source), names, tuple(reader.left_out))
-    val_image, val_label = _columns(found.test, image_key, label_key, val_source, (image, label))
-    val_own = names_of_numbers(first.features[label], found.test.features[val_label], names)
-    test = reader.read(found.test, val_image, val_label, f"the evaluation split of {val_source}", names, val_own)
+    test = reader.read_other(found.test, val_source, names)
     return Splits(train, test, names, tuple(reader.left_out))
 
 
 def _divide(split: Split, fraction: float, seed: int, source: str) -> tuple[Split, Split]:
-    """Set a part of every class aside; return the rest, and that part."""
-    kept, aside = set_aside(split.rows.select_columns(["label"])[:]["label"], fraction, seed, source)
+    """Set a part of every class aside, or of all rows where they have several; return the rest, and that part."""
+    if split.form.labeling.task == "single":
+        kept, aside = set_aside(split.rows.select_columns(["label"])[:]["label"], fraction, seed, source)
+    else:
+        kept, aside = set_aside_rows(len(split.rows), fraction, seed, source)
     return split.select(kept), split.select(aside, f"{100 * fraction:.0f} % of {source}, set aside")
 
 
@@ -148,74 +150,64 @@ def _size(part: Any) -> str:
     return "a stream" if isinstance(part, IterableDataset) else f"{len(part)} rows"
 
 
-def _columns(
-    rows: Any, image_key: str | None, label_key: str | None, source: str, usual: tuple[str, ...] = ()
-) -> tuple[str, str]:
-    """Find the columns of images and of labels; ``usual`` are their names in another split of the data."""
-    features = dict(rows.features or {})
-    if usual:
-        image_key, label_key = (key or (name if name in features else None)
-                                for key, name in zip((image_key, label_key), usual, strict=True))  # fmt: skip
-    have = ", ".join(f"{name} ({feature})" for name, feature in features.items()) or "none"
-    if image_key is not None and image_key not in features and isinstance(features.get("image"), Image):
-        image_key = "image"  # the column of a table of files, which holds the images now
-    for key, option in ((image_key, "--image-key"), (label_key, "--label-key")):
-        if key is not None and key not in features:
-            raise BadValue(f"{option} {key}: {source} has no such column; its columns are {have}")
-    image = image_key or _prefer([k for k, f in features.items() if isinstance(f, Image)], "image")
-    if image is None or not isinstance(features[image], Image):
-        raise BadValue(f"{source} has no image column{' ' + image if image else ''}; its columns are {have}")
-    label = label_key or _prefer([k for k, f in features.items() if isinstance(f, ClassLabel)], "label")
-    label = label or next((k for k in ("label", "cls") if k in features), None)  # cls: webdataset's usual name
-    if label is None:
-        raise BadValue(f"{source} has no label column; name one with --label-key. Its columns are {have}")
-    kind = features[label]
-    is_label = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "str", "large_str"))
-    if not isinstance(kind, ClassLabel) and not is_label:
-        raise BadValue(f"column {label} of {source} is {kind}; labels must be integers or text")
-    return image, label
-
-
-def _prefer(names: list[str], preferred: str) -> str | None:
-    return preferred if preferred in names else next(iter(names), None)
-
-
 class _Reader:
     """Makes splits of two columns, and checks labels where that needs no reading of a stream.
 
     Args:
+        asked: what the user says of the columns.
         skip: leave out rows whose label is no class, and count them in ``left_out``.
         left_out: remarks so far.
     """
 
-    def __init__(self, skip: bool, left_out: list[str]) -> None:
-        self.skip, self.left_out = skip, left_out
+    def __init__(self, asked: Asked, skip: bool, left_out: list[str]) -> None:
+        self.asked, self.skip, self.left_out = asked, skip, left_out
+        self.columns: Columns | None = None  # of the first split, ...
+        self.own: Sequence[str] | None = None  # ... and what the numbers in its labels stand for
 
     def read(
-        self, rows: Any, image: str, label: str, name: str, names: Sequence[str], classes: Sequence[str] | None
-    ) -> Split:
-        """Make a split.
+        self, rows: Any, source: str, purpose: str, label_names: Sequence[str] | None, num_classes: int | None
+    ) -> tuple[Split, list[str]]:
+        """Make the split that names the classes, and give their names.
 
         Args:
             rows: of ``datasets``.
-            image, label: names of the columns.
-            name: how messages call the split.
-            names: of the classes.
-            classes: what the numbers in the labels stand for; None where they are numbers of ``names``.
+            source: of the rows; with ``purpose``, how messages call the split.
+            label_names, num_classes: what the user says of the classes.
         """
-        if isinstance(rows, IterableDataset):
-            # First of all: what follows would decode every image here, and encode it again with a loss.
-            rows = rows.cast_column(image, Image(decode=False))
-            rows = rows.reshard()  # Parquet: a shard for each row group instead of one for each file
-        rows = rows.select_columns([image, label])
-        rows = rows.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+        self.columns = columns = find_columns(rows, self.asked, source)
+        if columns.form.kind == "class":
+            names = name_classes(rows, columns.labels[0], label_names, num_classes, source)
+        else:
+            names = name_several(rows, columns, label_names, self.asked, source)
+        named = label_names is not None or len(columns.labels) > 1
+        self.own = names if columns.known is not None or (columns.form.kind == "vector" and named) else None
+        return self._read(rows, columns, f"the {purpose} split of {source}", names, self.own), names
+
+    def read_other(self, rows: Any, source: str, names: Sequence[str]) -> Split:
+        """Make the split to evaluate on, whose classes are those of the first."""
+        assert self.columns is not None
+        columns = find_columns(rows, self.asked, source, self.columns)
+        own = names_to_evaluate(columns, self.columns, names, self.own, source)
+        return self._read(rows, columns, f"the evaluation split of {source}", names, own)
+
+    def _read(
+        self, rows: Any, columns: Columns, name: str, names: Sequence[str], classes: Sequence[str] | None
+    ) -> Split:
+        if not isinstance(rows, IterableDataset) and len(rows) == 0:
+            raise BadValue(f"{name} is empty")
+        # First of all: what follows would decode every image here, and encode it again with a loss.
+        rows = rows.cast_column(columns.image, Image(decode=False))
         if isinstance(rows, IterableDataset):
             known = (rows.info.splits or {}).get(str(rows.split)) if rows.split else None
-            return Split(rows, name, known.num_examples if known and known.num_examples else None, classes=classes)
-        if len(rows) == 0:
-            raise BadValue(f"{name} is empty")
-        good = find_labeled(rows.select_columns(["label"])[:]["label"], classes or names, name, self.skip)
-        split = Split(rows.cast_column("image", Image(decode=False)), name, len(rows), classes=classes)
+            rows = rows.reshard()  # Parquet: a shard for each row group instead of one for each file
+            size = known.num_examples if known and known.num_examples else None
+            return Split(columns.take(rows), name, size, classes=classes, form=columns.form)
+        rows = columns.take(rows)
+        split = Split(rows, name, len(rows), classes=classes, form=columns.form)
+        if columns.form.kind == "class":
+            good = find_labeled(rows.select_columns(["label"])[:]["label"], classes or names, name, self.skip)
+        else:
+            good = check_several(split, names, self.skip).good
         if good is None:
             return split
         self.left_out.append(f"{len(rows) - len(good)} rows of {name} whose label is no class")

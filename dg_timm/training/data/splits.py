@@ -7,6 +7,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from dg_timm._errors import BadValue
+from dg_timm.training.data.label_forms import LabelForm
 
 TRAIN_SPLITS = ("train", "training")
 HELD_OUT_SPLITS = ("validation", "val", "valid", "test")  # a Hub test split often has no labels
@@ -20,11 +21,12 @@ class Split(NamedTuple):
 
     Attributes:
         rows: a ``datasets.Dataset``, or an ``IterableDataset`` if streamed, with the columns ``image`` (undecoded) and
-            ``label`` (int, or str for the name of a class).
+            ``label`` (int, or str for the name of a class; several of them, or a number for each class).
         name: for messages, e.g. ``the training split of digits``.
         size: number of rows; None where only reading the whole stream would tell.
         source_rows: (size,) the rows' numbers in the data set, where some rows were left out.
         classes: what the numbers in ``label`` stand for; None where they have no names.
+        form: how labels are written.
     """
 
     rows: Any
@@ -32,6 +34,7 @@ class Split(NamedTuple):
     size: int | None
     source_rows: Any | None = None
     classes: Sequence[str] | None = None
+    form: LabelForm = LabelForm()
 
     @property
     def streamed(self) -> bool:
@@ -45,7 +48,15 @@ class Split(NamedTuple):
     def select(self, rows: Sequence[int], name: str | None = None) -> "Split":
         """Return a split of these rows only."""
         source_rows = np.asarray([self.source_row(row) for row in rows], dtype=np.int64)
-        return Split(self.rows.select(rows), name or self.name, len(rows), source_rows, self.classes)
+        return self._replace(
+            rows=self.rows.select(rows), name=name or self.name, size=len(rows), source_rows=source_rows
+        )
+
+    def name_row(self, row: int, image: Any, shard: int | None = None) -> str:
+        """Name a row for people: its number in the data set, its shard in a stream, and its file where it is known."""
+        number = f"row {self.source_row(row)}" if shard is None else f"row {row} of shard {shard}"
+        path = image.get("path") if isinstance(image, dict) else None
+        return f"{number} of {self.name}" + (f" ({path})" if path else "")
 
 
 class Splits(NamedTuple):
@@ -56,12 +67,14 @@ class Splits(NamedTuple):
         test: the rows to evaluate on; none of them is in ``train``.
         label_names: one name for each class.
         left_out: a remark for everything that the source has and that no split holds.
+        remarks: on what the splits hold.
     """
 
     train: Split
     test: Split
     label_names: list[str]
     left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def find_split(

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 from dg_timm._errors import BadValue
 from dg_timm._files import atomic_path
 from dg_timm.training.data.decoding import decode_image
+from dg_timm.training.data.label_forms import Encoder
 from dg_timm.training.data.splits import Split, Splits
 
 _CLASSES_SHOWN = 8
@@ -23,7 +24,7 @@ def describe_data(splits: Splits, source: str) -> str:
     left_out = f"; left out: {'; '.join(splits.left_out)}" if splits.left_out else ""
     return (
         f"data {source}: {train}{_rows(splits.test)} to evaluate on ({splits.test.name}); {len(names)} classes "
-        f"({shown}){left_out}"
+        f"({shown}){left_out}{''.join(f'; {remark}' for remark in splits.remarks)}"
     )
 
 
@@ -40,7 +41,7 @@ def draw_samples(split: Split, label_names: list[str], file: Path) -> int:
     samples = _samples(split)
     rows = -(-len(samples) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + _CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, encode = ImageDraw.Draw(sheet), Encoder(split.form, split.classes, label_names)
     for k, example in enumerate(samples):
         x, y = k % _COLUMNS * _TILE, k // _COLUMNS * (_TILE + _CAPTION)
         try:
@@ -50,16 +51,24 @@ def draw_samples(split: Split, label_names: list[str], file: Path) -> int:
         else:
             enlarged = ImageOps.contain(image, (_TILE - 4, _TILE - 4), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (x + 2, y + 2))
-        label = example["label"]
-        known = isinstance(label, int) and 0 <= label < len(split.classes or label_names)
-        name = (split.classes or label_names)[label] if known else str(label)
-        draw.text((x + 4, y + _TILE + 2), _drawable(name), "black")
+        draw.text((x + 4, y + _TILE + 2), _drawable(_caption(encode, label_names, example["label"])), "black")
     try:
         with atomic_path(file) as temporary:
             sheet.save(temporary)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
         raise BadValue(f"the picture {file} can't be written: {error}") from error
     return len(samples)
+
+
+def _caption(encode: Encoder, label_names: list[str], label: Any) -> str:
+    """Name the class of a sample, or the classes, the likeliest first."""
+    try:
+        target = encode(label)
+    except ValueError:
+        return str(label)
+    if isinstance(target, int):
+        return label_names[target]
+    return ", ".join(label_names[k] for k in np.argsort(-target, kind="stable") if target[k]) or "no class"
 
 
 def _samples(split: Split) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -19,31 +18,43 @@ from dg_timm._modes import evaluating
 from dg_timm.analysis.counting import Costs, recorded_cost, relative_cost
 from dg_timm.analysis.recorder import AdjacencyRecorder, adjacency, recording
 from dg_timm.graph.stage import graph_stages
+from dg_timm.hub.labeling import SINGLE
 from dg_timm.training.data.images import Batch
-from dg_timm.training.loop.metrics import ClassificationMetrics
+from dg_timm.training.loop.figures import Figures, figures_of
 from dg_timm.training.loop.report import Row
 
-_MOST_RANKS = 5  # of the best classes that are kept of an image
-_COLUMNS = 4 + _MOST_RANKS + 2
+_ROW, _COSTS = 2, 2  # columns: shard and row, cost and skipped
 
 
 class EvalResult(NamedTuple):
     """The result of one evaluation.
 
     Attributes:
-        loss: mean cross-entropy.
-        top1, top5: percent of the images; top5 is nan for fewer than 5 classes.
+        figures: by name, those of the task (:mod:`dg_timm.training.loop.figures`); ``loss`` is among them.
         images: how many were evaluated.
         costs: (images,) float64, of each relative to the static network; nan where costs were not asked for.
         skipped: (images,), the share of blocks that each skips.
     """
 
-    loss: float
-    top1: float
-    top5: float
+    figures: dict[str, float]
     images: int
     costs: Tensor
     skipped: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; nan where an evaluation was stopped."""
+        return self.figures.get("loss", float("nan"))
+
+    @property
+    def top1(self) -> float:
+        """Percent of the images whose label is the best class; nan where a task has no such figure."""
+        return self.figures.get("top1", float("nan"))
+
+    @property
+    def top5(self) -> float:
+        """Percent of the images whose label is among the best five; nan for fewer classes."""
+        return self.figures.get("top5", float("nan"))
 
 
 @torch.inference_mode()
@@ -55,6 +66,7 @@ def evaluate_model(
     channels_last: bool = False,
     costs: Costs | None = None,
     stop: Callable[[], bool] | None = None,
+    figures: Figures | None = None,
 ) -> EvalResult:
     """Evaluate this process's batches and gather the result; every process gets it.
 
@@ -65,11 +77,13 @@ def evaluate_model(
         channels_last: memory layout of the images.
         costs: of the model, a dynamic one in dense execution; without them none are added up.
         stop: if given and ``stop()`` becomes true, the rest is left out. The result is then of no use.
+        figures: of the task; by default those of a single label.
 
     Raises:
         BadValue: if there is no image.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    figures = figures or figures_of(SINGLE, 0)
     kept = []
     with evaluating(model):
         for batch in batches:
@@ -79,19 +93,21 @@ def evaluate_model(
             precision = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
             with precision, recording(model) if costs is not None else nullcontext() as recorder:
                 logits = model(batch.images).float()
-            rows = image_statistics(logits, batch)
+            rows = torch.cat([batch.rows.double(), figures.keep(logits, batch.labels)], dim=1)
             kept.append(torch.cat([rows, _cost_columns(model, costs, recorder, rows)], dim=1)[batch.sample_mask > 0])
-    empty = torch.zeros(0, _COLUMNS, dtype=torch.float64, device=accelerator.device)
+    empty = torch.zeros(0, _ROW + figures.width + _COSTS, dtype=torch.float64, device=accelerator.device)
     mine = torch.cat(kept) if kept else empty
     if accelerator.num_processes > 1:
         mine = accelerator.pad_across_processes(mine, pad_index=-1)
         mine = accelerator.gather_for_metrics(mine)
         mine = mine[mine[:, 0] >= 0]
-    if len(mine) == 0 and stop is not None and stop():
-        return EvalResult(float("nan"), float("nan"), float("nan"), 0, mine[:, -2], mine[:, -1])
+    if stop is not None and stop():
+        return EvalResult({figures.metric.name: float("nan")}, 0, mine[:, -2], mine[:, -1])
     if len(mine) == 0:
         raise BadValue("there is no image to evaluate on")
-    return _summarize(mine.cpu())
+    table = mine.cpu()
+    table = table[sorted(range(len(table)), key=table[:, :_ROW].tolist().__getitem__)]
+    return EvalResult(figures.summarize(table[:, _ROW:-_COSTS]), len(table), table[:, -2], table[:, -1])
 
 
 def _cost_columns(model: nn.Module, costs: Costs | None, recorder: AdjacencyRecorder | None, rows: Tensor) -> Tensor:
@@ -101,32 +117,6 @@ def _cost_columns(model: nn.Module, costs: Costs | None, recorder: AdjacencyReco
     blocks = [of_stage[:, 1:-1].double() for of_stage in recorder.skipped.values()]
     skipped = torch.cat(blocks, 1).mean(1) if blocks else torch.zeros_like(rows[:, 0])
     return torch.stack([recorded_cost(model, recorder, costs), skipped], dim=1)
-
-
-def image_statistics(logits: Tensor, batch: Batch) -> Tensor:
-    """Make a row for each image: shard, row, label, loss, and the five best classes, best first.
-
-    Returns:
-        (batch, 9) float64; -1 in place of a class where there are fewer than five.
-    """
-    best = logits.topk(min(_MOST_RANKS, logits.shape[1])).indices
-    best = F.pad(best, (0, _MOST_RANKS - best.shape[1]), value=-1)
-    loss = F.cross_entropy(logits, batch.labels, reduction="none")
-    columns = (batch.rows, batch.labels[:, None], loss[:, None], best)
-    return torch.cat([column.double() for column in columns], dim=1)
-
-
-def _summarize(table: Tensor) -> EvalResult:
-    """Sum up the rows of all processes in the order of the data set."""
-    order = sorted(range(len(table)), key=table[:, :2].tolist().__getitem__)
-    table = table[order]
-    ranked = table[:, 4 : 4 + _MOST_RANKS].long()
-    ranked = ranked[:, : int((ranked[0] >= 0).sum())]
-    found = ClassificationMetrics(keep_in_memory=True).compute(
-        predictions=ranked.tolist(), references=table[:, 2].long().tolist(), losses=table[:, 3].tolist()
-    )
-    top5 = found.get("top5", float("nan"))
-    return EvalResult(found["loss"], found["top1"], top5, len(table), table[:, -2], table[:, -1])
 
 
 def graph_statistics(model: nn.Module, images: Tensor) -> Row:

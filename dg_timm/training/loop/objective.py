@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
+from timm.loss import create_classification_loss
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from dg_timm.budget.expected_cost import ExpectedCost
+from dg_timm.hub.labeling import SINGLE, Labeling
 from dg_timm.training.data.images import Batch
 from dg_timm.training.data.seeding import seeded
 
@@ -123,18 +125,24 @@ def _of_batch(values: Tensor, batch: Any) -> Tensor:
 
 
 class ClassificationObjective:
-    """Cross-entropy (or binary cross-entropy) with label smoothing, mixup and cutmix, and distillation of logits.
+    """The loss of a classification with label smoothing, mixup and cutmix, and distillation of logits.
 
-    Its metric is ``top1``: 100 where the best class is the label (the larger one, under mixup), otherwise 0.
+    Of a single class and of soft labels it is cross-entropy, or binary cross-entropy of each class (Wightman et al.,
+    2021), averaged over the classes; of several labels one of timm's.
+
+    Its metric is ``top1``: 100 where the best class is the label (the larger one, under mixup), otherwise 0. Several
+    labels have none: their figures are those of all images at once.
 
     Args:
         num_classes: number of the network's classes.
-        smoothing: probability that is spread over all classes (Szegedy et al., 2016), 0..1.
-        loss: ``ce``, or ``bce`` (Wightman et al., 2021: each class on its own, averaged over the classes).
-        mixup: timm's, or None.
+        smoothing: 0..1; probability that is spread over all classes (Szegedy et al., 2016), or by which each of several
+            labels moves towards 0.5.
+        labeling: what the labels are, and the loss.
+        mixup: timm's, or None. It mixes images with the labels that are smoothed already where those are several or
+            soft (``multi_label``, without smoothing of its own).
         teacher: network whose logits are learned (Hinton et al., 2015), or None.
         distill_weight: share of the distillation in the loss, 0..1.
-        temperature: of both softmaxes; the distillation loss is multiplied by its square.
+        temperature: of both softmaxes (or sigmoids); the distillation loss is multiplied by its square.
         student_norm: mean and std of the student's images, each (1, channels, 1, 1); the teacher gets its own.
         seed: of mixup.
     """
@@ -144,7 +152,7 @@ class ClassificationObjective:
         num_classes: int,
         *,
         smoothing: float = 0.0,
-        loss: str = "ce",
+        labeling: Labeling = SINGLE,
         mixup: Mixup | None = None,
         teacher: DistillationTeacher | None = None,
         distill_weight: float = 0.5,
@@ -152,9 +160,11 @@ class ClassificationObjective:
         student_norm: tuple[Tensor, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.num_classes, self.smoothing, self.kind, self.mixup = num_classes, smoothing, loss, mixup
+        self.num_classes, self.smoothing, self.labeling, self.mixup = num_classes, smoothing, labeling, mixup
         self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
         self.student_norm, self.seed = student_norm, seed
+        several = labeling.task == "multilabel"
+        self.criterion = loss_of_each(create_classification_loss(labeling.loss, multi_label=True)) if several else None
 
     def __call__(self, model: nn.Module, batch: Batch, *entropy: int) -> Losses:
         """Compute the losses of a batch on the model's device.
@@ -162,31 +172,61 @@ class ClassificationObjective:
         Args:
             entropy: update, number of the micro-batch, process: what mixup draws depends on them and the seed.
         """
-        images, target = batch.images, batch.labels
+        images, target = batch.images, self._smooth(batch.labels)
         if self.mixup is not None and self.mixup.mixup_enabled:
             with seeded(self.seed, *entropy):
                 images, target = self.mixup(images, target)
-        elif self.kind == "bce":
+        elif self.labeling.loss == "bce" and target.ndim == 1:
             target = mixup_target(target, self.num_classes, smoothing=self.smoothing)
         logits = model(images).float()
-        if self.kind == "bce":
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
-        elif target.ndim == 2:  # smoothed by mixup
-            loss = -(target * F.log_softmax(logits, 1)).sum(1)
-        else:
-            loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+        loss = self._loss(logits, target)
         if self.teacher is not None:
             loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(images, logits)
+        if self.labeling.task == "multilabel":
+            return Losses(loss, {})
         label = target.argmax(1) if target.ndim == 2 else target
         return Losses(loss, {"top1": 100 * (logits.argmax(1) == label).float()})
 
+    def _smooth(self, labels: Tensor) -> Tensor:
+        """Smooth the labels of several classes and soft ones; those of one class are smoothed as they are mixed."""
+        if labels.ndim == 1:
+            return labels
+        if self.labeling.task == "multilabel":
+            return mixup_target(labels, self.num_classes, smoothing=self.smoothing, multi_label=True)
+        return torch.lerp(labels, torch.full_like(labels, 1 / self.num_classes), self.smoothing)
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.criterion is not None:
+            return self.criterion(logits, target)
+        if self.labeling.loss == "bce":
+            return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        if target.ndim == 2:  # soft, or smoothed by mixup
+            return -(target * F.log_softmax(logits, 1)).sum(1)
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+
     def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Compute the divergence of the student's distribution from the teacher's; (batch,)."""
+        """Compute the divergence of the student's distribution (or each class's own) from the teacher's; (batch,)."""
         assert self.teacher is not None
         with torch.no_grad():
             theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
         t = self.temperature
+        if self.labeling.independent:
+            shares = torch.sigmoid(theirs / t)
+            both = [F.binary_cross_entropy_with_logits(x / t, shares, reduction="none") for x in (logits, theirs)]
+            return (both[0] - both[1]).mean(1) * t * t
         divergence = F.kl_div(
             F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1), reduction="none", log_target=True
         )
         return divergence.sum(1) * t * t
+
+
+def loss_of_each(criterion: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Give the loss of every image of a batch, as if it were alone: timm's losses of several labels average them.
+
+    Args:
+        criterion: (logits, target) -> the mean over the batch.
+
+    Returns:
+        (batch, classes) logits and targets -> (batch,).
+    """
+    return torch.func.vmap(lambda logits, target: criterion(logits[None], target[None]))

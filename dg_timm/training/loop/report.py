@@ -25,6 +25,7 @@ class Metric(NamedTuple):
 
 
 TOP1 = Metric("top1", "top-1 (%)")
+MAP = Metric("map", "mAP (%)")  # the mean over the classes of their average precision
 
 
 class Report:

@@ -17,6 +17,7 @@ from dg_timm.training.loop import optimization
 from dg_timm.training.loop.objective import ClassificationObjective
 from dg_timm.training.run import fine_tuning, networks
 from dg_timm.training.run.build_data import data_config_of
+from dg_timm.training.run.data_options import labeling_of_options
 from dg_timm.training.run.targets import compile_blocks
 
 
@@ -64,6 +65,7 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     data_config = data_config_of(model, args)
     teacher = _build_teacher(args, model, not loaded, accelerator)
     objective = _build_objective(args, num_classes, data_config, teacher, accelerator)
+    model.labeling = objective.labeling
     random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
     return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random, not loaded)
 
@@ -87,7 +89,8 @@ def _build_objective(
     teacher: DistillationTeacher | None,
     accelerator: Accelerator,
 ) -> ClassificationObjective:
-    mixup = None
+    mixup, labeling = None, labeling_of_options(args)
+    dense = labeling.task != "single"  # smoothed before they are mixed
     if args.mixup or args.cutmix:
         mixup = Mixup(
             args.mixup,
@@ -95,14 +98,15 @@ def _build_objective(
             prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
+            label_smoothing=0.0 if dense else args.smoothing,
             num_classes=num_classes,
+            multi_label=dense,
         )
     mean, std = (torch.tensor(data_config[key], device=accelerator.device).view(1, -1, 1, 1) for key in ("mean", "std"))
     return ClassificationObjective(
         num_classes,
         smoothing=args.smoothing,
-        loss=args.loss,
+        labeling=labeling,
         mixup=mixup,
         teacher=teacher,
         distill_weight=args.distill_weight,

@@ -7,24 +7,37 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 
 from dg_timm._errors import BadValue
+from dg_timm.analysis.counting import complexity
+from dg_timm.hub.labeling import SINGLE, Labeling
 from dg_timm.training.data.images import Collate, Images
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank, StreamSampler
+from dg_timm.training.data.several import describe_labels
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.sources import load_splits
 from dg_timm.training.data.splits import Split, Splits
 
 AnySplit = TypeVar("AnySplit", bound=Any)  # of images with labels, or with boxes
 
 
-def load_data(args: argparse.Namespace, cache_dir: Path | None = None, *, only_evaluate: bool = False) -> Splits:
+def load_data(
+    args: argparse.Namespace,
+    cache_dir: Path | None = None,
+    *,
+    only_evaluate: bool = False,
+    labeling: Labeling = SINGLE,
+) -> Splits:
     """Load both splits that the options name.
 
     Args:
-        args: options of :func:`dg_timm.training.run.data_options.add_data_options`.
+        args: options of :func:`dg_timm.training.run.data_options.add_data_options`; where labels are more than a
+            single class, also of :func:`dg_timm.training.run.data_options.add_task_options`.
         cache_dir: folder for the copy that ``datasets`` makes; by default its own cache.
         only_evaluate: take all rows of data whose only splits are held out, and none to train on.
+        labeling: what labels are for.
 
     Raises:
         BadValue: naming the option, file, split or column that can't be used.
@@ -42,11 +55,16 @@ def load_data(args: argparse.Namespace, cache_dir: Path | None = None, *, only_e
         cache_dir=cache_dir,
         skip_bad_rows=args.on_bad_image == "skip",
         only_evaluate=only_evaluate,
+        labeling=labeling,
+        label_separator=None if labeling.task == "single" else args.label_separator,
     )
-    return splits._replace(
+    splits = splits._replace(
         train=limit(splits.train, args.train_limit, "--train-limit") if splits.train.size != 0 else splits.train,
         test=limit(splits.test, args.val_limit, "--val-limit"),
     )
+    if labeling.task != "multilabel":
+        return splits
+    return splits._replace(remarks=tuple(describe_labels(splits.train, splits.test, splits.label_names)))
 
 
 def _read_names(file: str | None) -> list[str] | None:
@@ -106,7 +124,7 @@ def make_loader(
     return Loader(
         make_sampler(split, args, batch_size, rank, training),
         Images(split, transform, label_names, channels=data_config["input_size"][0], seed=seed),
-        Collate(batch_size, data_config["input_size"]),
+        Collate(batch_size, data_config["input_size"], None if split.form.kind == "class" else len(label_names)),
         workers=args.workers,
         pin_memory=accelerator.device.type == "cuda",
         on_bad_image=args.on_bad_image,
@@ -142,22 +160,51 @@ def _stream_sampler(
     return StreamSampler(split.rows, batch_size, rank, shuffle=training, seed=args.seed, buffer=args.shuffle_buffer)
 
 
-def make_transforms(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
+def epochs_of(args: argparse.Namespace, updates_per_epoch: int) -> int:
+    """Return how many epochs a training has, also one that is counted in updates."""
+    return args.epochs if args.updates is None else -(-args.updates // max(updates_per_epoch, 1))
+
+
+def make_transforms(
+    args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], epochs: int
+) -> tuple[Any, Any]:
     """Make timm's transforms of images for training and for evaluation.
 
+    Args:
+        args: options of a training.
+        model: that takes the images.
+        data_config: preprocessing, as timm describes it.
+        epochs: of the training, over which ``--size-schedule`` goes.
+
     Raises:
-        BadValue: if timm can't make the augmentation.
+        BadValue: if timm can't make the augmentation, or the network does not take the sizes.
     """
     test = create_transform(**data_config)
+    if args.size_schedule is None:
+        return _make_training_transform(args, data_config), test
+    channels = data_config["input_size"][0]
+
+    def make(size: int) -> Any:
+        try:
+            complexity(model, (channels, size, size))
+        except (RuntimeError, AssertionError) as error:  # of any layer: too small, or of a fixed size
+            reason = str(error).splitlines()[0]
+            raise BadValue(f"--size-schedule: {args.model} can't take images of {size} pixels ({reason})") from error
+        return _make_training_transform(args, {**data_config, "input_size": (channels, size, size)})
+
+    return SizeSchedule(args.size_schedule, epochs, make), test
+
+
+def _make_training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
     if not args.augment:
-        return test, test
+        return create_transform(**data_config)
     try:
-        return _training_transform(args, data_config), test
+        return _augmentation(args, data_config)
     except (AssertionError, KeyError, ValueError) as error:
         raise BadValue(f"timm can't make this augmentation (--auto-augment {args.auto_augment}): {error!r}") from error
 
 
-def _training_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
+def _augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
     return create_transform(
         **data_config,
         is_training=True,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,15 +23,18 @@ from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
 from dg_timm.training.data.loader import Loader, sample_images
+from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
-from dg_timm.training.loop.report import TOP1, Row
+from dg_timm.training.loop.report import TOP1, Metric, Row
 from dg_timm.training.run.build import Network, build_network
-from dg_timm.training.run.build_data import load_data, make_loader, make_transforms
+from dg_timm.training.run.build_data import epochs_of, load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
+from dg_timm.training.run.data_options import labeling_of_options
 from dg_timm.training.run.fine_tuning import save_model
 from dg_timm.training.run.networks import read_config
 from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
@@ -50,21 +54,21 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     if (args.mixup or args.cutmix) and split.micro_batch % 2:
         raise BadValue(f"mixup pairs the images of a batch: the micro-batch must be even, not {split.micro_batch}")
     with accelerator.local_main_process_first():
-        splits = load_data(args)
+        splits = load_data(args, labeling=labeling_of_options(args))
     num_classes, rows = _count_classes(args, splits), _count_rows(args, splits)
     accelerator.print(describe_data(splits, args.data), flush=True)
     set_seed(args.seed)
     network = build_network(args, num_classes, accelerator)
     accelerator.print(describe_start(network))
     splits = splits._replace(label_names=names_to_train(network.model, splits.label_names, accelerator.print))
-    transforms = make_transforms(args, network.data_config)
+    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
+    transforms = _make_transforms(args, network, updates_per_epoch, accelerator)
     names, config = splits.label_names, network.data_config
     loader = make_loader(
         splits.train, args, transforms[0], names, split.micro_batch, accelerator, config, training=True
     )
     val_batch = args.val_batch_size or VAL_BATCH
     val_loader = make_loader(splits.test, args, transforms[1], names, val_batch, accelerator, config, training=False)
-    updates_per_epoch = -(-rows // split.images) if splits.train.streamed else rows // split.images
     objective: Callable[..., Losses] = network.objective
     if args.target_cost is not None:
         updates = args.updates or args.epochs * updates_per_epoch
@@ -85,7 +89,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluation.evaluate,
-        metric=TOP1 if args.target_cost is None else value_of(TOP1),
+        metric=evaluation.figures.metric if args.target_cost is None else value_of(evaluation.figures.metric),
         observe=evaluation.observe,
         write_config=output.write_config,
         export=output.export,
@@ -107,6 +111,17 @@ def describe_start(network: Network) -> str:
     stages = graph_stages(network.model)
     kind = f"{len(stages)} graphs ({', '.join(stages)})" if stages else "static"
     return f"{kind}; {start}"
+
+
+def _make_transforms(
+    args: argparse.Namespace, network: Network, updates_per_epoch: int, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Make the transforms for training and for evaluation, and say which sizes the first one goes through."""
+    epochs = epochs_of(args, updates_per_epoch)
+    transforms = make_transforms(args, network.model, network.data_config, epochs)
+    if isinstance(transforms[0], SizeSchedule):
+        accelerator.print(transforms[0].describe())
+    return transforms
 
 
 def _count_classes(args: argparse.Namespace, splits: Splits) -> int:
@@ -131,6 +146,7 @@ class _Evaluation:
     ) -> None:
         self.args, self.val_loader, self.accelerator = args, val_loader, accelerator
         self.num_classes = network.objective.num_classes
+        self.figures = figures_of(network.objective.labeling, self.num_classes)
         self.costs: Costs | None = None
         if args.target_cost is not None:
             self.costs = count_costs(network.model, network.data_config["input_size"])
@@ -143,13 +159,19 @@ class _Evaluation:
         if self.costs is None:
             return self._evaluate(candidate, stopping, None)
         evaluate = partial(self._evaluate, candidate, stopping, self.costs)
-        return evaluate_targets(self.args.target_cost, TOP1, evaluate)
+        return evaluate_targets(self.args.target_cost, self.figures.metric, evaluate)
 
     def _evaluate(self, candidate: nn.Module, stopping: Callable[[], bool], costs: Costs | None) -> Row:
-        batches, layout = self.val_loader.epoch(0), self.args.channels_last
-        result = evaluate_model(candidate, batches, self.accelerator, channels_last=layout, costs=costs, stop=stopping)
-        row: Row = {"loss": result.loss, "top1": result.top1}
-        row |= {"top5": result.top5} if self.num_classes > 5 else {}
+        result = evaluate_model(
+            candidate,
+            self.val_loader.epoch(0),
+            self.accelerator,
+            channels_last=self.args.channels_last,
+            costs=costs,
+            stop=stopping,
+            figures=self.figures,
+        )
+        row: Row = {key: value for key, value in result.figures.items() if key != "top5" or self.num_classes > 5}
         if costs is not None:
             spread = result.costs.std(unbiased=False).item()
             row |= {
@@ -169,7 +191,11 @@ class _Evaluation:
         some = itertools.islice(self.val_loader.epoch(0), -(-CURVE_IMAGES // self.val_loader.sampler.batch_size))
         moved = [batch.move_to(self.accelerator.device, layout) for batch in some]
         counted = [batch.sample_mask > 0 for batch in moved]
-        pairs = [(batch.images[own], batch.labels[own]) for batch, own in zip(moved, counted, strict=True)]
+        single = self.figures.metric is TOP1
+        pairs = [
+            (batch.images[own], batch.labels[own] if single else None)
+            for batch, own in zip(moved, counted, strict=True)
+        ]
         keep_curve(best, measure_budgets(best, pairs, budgets))
 
     def observe(self, candidate: nn.Module) -> Row:
@@ -199,7 +225,9 @@ class _Output:
             Path(self.args.output) / "model",
             label_names=self.label_names,
             data_config=self.network.data_config,
-            card=make_card(self.args, row, epochs, self.network.random, average, self.images),
+            card=make_card(
+                self.args, row, epochs, self.network.random, average, self.images, self.evaluation.figures.metric
+            ),
         )
 
 
@@ -214,7 +242,9 @@ def named_source(source: str) -> str:
     return f"weights in {folder.name}/{file.name}" if generic and file.is_file() else file.name
 
 
-def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None) -> Card:
+def make_card(
+    args: argparse.Namespace, row: Row, epochs: int, random: bool, ema: bool, images: int | None, metric: Metric
+) -> Card:
     """Write what the card says of the training, and only what this run measured.
 
     Args:
@@ -224,6 +254,7 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
         random: whether the network started from random weights.
         ema: whether the average of the weights is saved.
         images: number of images that were evaluated; None if unknown.
+        metric: the figure of the row that the card shows.
     """
     path = Path(args.data)
     name = path.name if path.exists() else args.data
@@ -244,7 +275,8 @@ def make_card(args: argparse.Namespace, row: Row, epochs: int, random: bool, ema
     on_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", args.data) and not path.exists() else None
     measured = Accuracy(
         dataset=name,
-        value=float(row["ema_top1" if ema else "eval_top1"]),
+        value=float(row[f"{'ema' if ema else 'eval'}_{metric.name}"]),
+        metric=metric.title.removesuffix(" (%)"),
         split=args.val_split or "held out",  # which one it was depends on the data set
         images=images,
         spread="one seed, the best epoch on these images",

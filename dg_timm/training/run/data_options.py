@@ -3,6 +3,7 @@
 import argparse
 
 from dg_timm._errors import BadValue
+from dg_timm.hub.labeling import LOSSES, Labeling
 from dg_timm.training.run.option_types import (
     OptionGroup,
     finite_float,
@@ -31,7 +32,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "aside. Nothing is both learned and evaluated on",
     )
     data.add_argument("--image-key", help="name of the column of images; by default the only one, or image")
-    data.add_argument("--label-key", help="name of the column of labels; by default the only one, or label")
+    data.add_argument(
+        "--label-key",
+        help="name of the column of labels, or a,b,c: a column for each class; by default the only one, or label",
+    )
     data.add_argument("--label-names", help="text file with a class name a line; by default those of the data set")
     data.add_argument("--num-classes", type=positive_int, help="number of classes; by default that of the data set")
     flag(data, "--streaming", False, "read rows as they are needed; the data set may be larger than the disk")
@@ -47,6 +51,44 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="number of rows in an epoch of a stream, for the schedule; by default what the data set tells",
     )
     add_reading_options(data)
+
+
+def add_task_options(parser: argparse.ArgumentParser, task: str | None) -> None:
+    """Add what labels are.
+
+    Args:
+        task: default of ``--task``; None is that of the network.
+    """
+    labels = parser.add_argument_group("labels")
+    default = "" if task else "; by default that of the network"
+    labels.add_argument(
+        "--task",
+        choices=tuple(LOSSES),
+        default=task,
+        help=f"single: a row has one class; multilabel: any number of classes; soft: a share of every class{default}",
+    )
+    labels.add_argument(
+        "--label-separator",
+        metavar="CHARACTER",
+        help="what separates the names in a text of several labels; by default |",
+    )
+
+
+def labeling_of_options(args: argparse.Namespace) -> Labeling:
+    """Return what a training is to say of images; the loss that was not given is the usual one of the task.
+
+    Raises:
+        BadValue: for a loss that is not one of the task's.
+    """
+    usual, *others = LOSSES[args.task]
+    loss = args.loss or usual
+    if loss not in (usual, *others):
+        raise BadValue(f"--loss {loss} is not for --task {args.task}, which has {', '.join((usual, *others))}")
+    if loss == "zlpr" and (args.smoothing or args.mixup or args.cutmix):
+        raise BadValue(
+            "--loss zlpr takes labels of 0 and 1 alone: leave --mixup and --cutmix out, and give --smoothing 0"
+        )
+    return Labeling(args.task, loss)
 
 
 def add_summary_option(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +174,14 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
         "--train-crop-mode",
         choices=("rrc", "rkrc", "rkrr"),
         help="timm's kind of crop: random resized (rrc), or one that keeps the image's ratio; by default rrc",
+    )
+    aug.add_argument(
+        "--size-schedule",
+        type=positive_int,
+        nargs="+",
+        metavar="SIZE",
+        help="heights and widths of the training images in pixels, one after the other over equal parts of the epochs; "
+        "evaluation stays at --image-size, and so do by default all epochs",
     )
     aug.add_argument("--hflip", type=fraction, default=0.5, help="probability of flipping left and right")
     aug.add_argument("--vflip", type=fraction, default=0.0, help="probability of flipping top and bottom")

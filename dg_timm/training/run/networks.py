@@ -12,6 +12,7 @@ from torch import nn
 
 from dg_timm._errors import BadValue, UserError
 from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS
+from dg_timm.hub.labeling import SINGLE, Labeling, labeling_in, labeling_of
 from dg_timm.models import registry as zoo
 
 TimmModel = Any  # an nn.Module with timm's attributes
@@ -55,12 +56,21 @@ def create(
         overlay = dict(file=str(file), num_classes=classes, url="", hf_hub_id=None)
         options = _graph_options(name, file) | options | dict(pretrained_cfg_overlay=overlay)
     try:
-        return timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
+        model = timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
+        noted = labeling_of(model) if initial_checkpoint is None else _labeling_beside(file, classes, model)
+        model.labeling = noted  # type: ignore[assignment]
+        return model
     except UserError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         # of timm: weights that are missing or do not fit, tags and options that the model does not have
         raise BadValue(f"{name}: {error}") from error
+
+
+def _labeling_beside(weights: Path, classes: int, model: TimmModel) -> Labeling:
+    """Read what the outputs of a network mean from beside its weights, if its classifier came with them."""
+    known = weights.with_name("config.json").exists() and classes == getattr(model, "num_classes", None)
+    return labeling_in(read_config(weights.parent)) if known else SINGLE
 
 
 def _resolve(name: str) -> tuple[str, bool]:

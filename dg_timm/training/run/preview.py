@@ -16,7 +16,8 @@ from dg_timm.training.data.splits import Splits, count_rows
 from dg_timm.training.data.summary import describe_data, draw_samples
 from dg_timm.training.loop.optimization import BatchSplit, split_batch
 from dg_timm.training.run.build import Network, build_network, build_optimization
-from dg_timm.training.run.build_data import load_data
+from dg_timm.training.run.build_data import epochs_of, load_data, make_transforms
+from dg_timm.training.run.data_options import labeling_of_options
 
 _TIMED_UPDATES = 3
 
@@ -43,6 +44,9 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"multiply-adds at {size}, {len(graph_stages(network.model))} dynamic stages"
     )
     print(f"data         {source}: {rows} images to train on, {args.num_classes or classes} classes")
+    if args.size_schedule is not None:
+        sizes, _ = make_transforms(args, network.model, network.data_config, epochs_of(args, updates))
+        print(f"sizes        {sizes.describe()}")
     print_plan(args, split, optimizer, schedule, updates, epochs)
     seconds = _time_update(network, split.micro_batch, accelerator) * split.accumulation
     print(
@@ -58,7 +62,7 @@ def summarize_data(args: argparse.Namespace) -> None:
     Raises:
         BadValue: the data can't be used, or the picture can't be written.
     """
-    splits = load_data(args)
+    splits = load_data(args, labeling=labeling_of_options(args))
     print(describe_data(splits, args.data))
     shown = draw_samples(splits.train, splits.label_names, Path(args.data_summary))
     print(f"{args.data_summary} shows {shown} of them")
@@ -77,14 +81,15 @@ def _count_data(args: argparse.Namespace) -> tuple[int, int, str]:
 
 def _open_data(args: argparse.Namespace, cache_dir: Path) -> Splits:
     """Open the data as a stream, which copies nothing; where a stream does not tell enough, as the run would."""
+    labeling = labeling_of_options(args)
     whole = {**vars(args), "train_limit": None, "val_limit": None}
     try:
         streamed = {**whole, "streaming": args.streaming or args.data != "digits"}
-        return load_data(argparse.Namespace(**streamed), cache_dir)
+        return load_data(argparse.Namespace(**streamed), cache_dir, labeling=labeling)
     except BadValue:
         if args.streaming:
             raise
-        return load_data(argparse.Namespace(**whole), cache_dir)
+        return load_data(argparse.Namespace(**whole), cache_dir, labeling=labeling)
 
 
 def print_plan(

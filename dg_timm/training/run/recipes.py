@@ -18,7 +18,7 @@ FREE_OPTIONS = frozenset(
 _ALIASES = {  # what other trainers call it
     "learning_rate": "lr", "wd": "weight_decay", "label_smoothing": "smoothing", "optimizer": "opt",
     "scheduler": "sched", "num_epochs": "epochs", "dropout": "drop", "teacher": "distill", "amp": "mixed_precision",
-    "dataset": "data",
+    "dataset": "data", "train_img_sizes": "size_schedule",
 }  # fmt: skip
 
 

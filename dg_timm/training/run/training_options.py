@@ -2,6 +2,7 @@
 
 import argparse
 
+from dg_timm.hub.labeling import LOSSES
 from dg_timm.training.loop.optimization import SCHEDULES
 from dg_timm.training.run.option_types import (
     KeyValues,
@@ -188,10 +189,16 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
     """Add the loss of a classification."""
     loss = parser.add_argument_group("loss")
     loss.add_argument(
-        "--smoothing", type=fraction, default=0.0, help="label smoothing: probability spread over classes"
+        "--smoothing",
+        type=fraction,
+        default=0.0,
+        help="label smoothing: probability spread over classes; each of several labels moves towards 0.5",
     )
     loss.add_argument(
-        "--loss", choices=("ce", "bce"), default="ce", help="loss: cross-entropy, or binary cross-entropy of each class"
+        "--loss",
+        choices=tuple(dict.fromkeys(loss for losses in LOSSES.values() for loss in losses)),
+        help="loss: cross-entropy, or binary cross-entropy of each class; of several labels also timm's asymmetric, "
+        "Poly-1 and ZLPR losses; by default ce, and bce of several labels",
     )
     loss.add_argument(
         "--distill",
