@@ -57,9 +57,12 @@ def is_transformed() -> bool:
 
     Without the private name nobody can tell: the answer is yes, and the reference formulas run, which are always right.
     """
-    if _functorch_active is None or _functorch_active():
-        return True
-    level = getattr(forward_ad, "_current_level", 0)
+    return _functorch_active is None or _functorch_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way; without the private name nobody can tell, and it may be."""
+    level: int = getattr(forward_ad, "_current_level", 0)
     return level >= 0
 
 

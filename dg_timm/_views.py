@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dg_timm import _compat
+from dg_timm._errors import BadState
 
 
 def eval_view(model: nn.Module) -> nn.Module:
@@ -43,10 +44,16 @@ def run_on_meta(
 
     Returns:
         The copy.
+
+    Raises:
+        BadState: if the model can't be copied (it is sharded, say), or has layers without shapes (quantized ones).
     """
     channels, height, width = input_size or default_size(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    copied = meta_copy(model)
+    try:
+        copied = meta_copy(model)
+    except Exception as error:  # whatever a module raises that can't be copied
+        raise _not_countable(model, error) from error
     for name, module in copied.named_modules():
 
         def watch(module: nn.Module, args: tuple, kwargs: dict, result: Any, name: str = name) -> None:
@@ -55,8 +62,19 @@ def run_on_meta(
         module.register_forward_hook(watch, with_kwargs=True)
     with torch.no_grad():
         # Two images: BatchNorm in train mode refuses a single value for each channel.
-        copied(torch.empty(2, channels, height, width, dtype=dtype, device="meta"))
+        try:
+            copied(torch.empty(2, channels, height, width, dtype=dtype, device="meta"))
+        except NotImplementedError as error:
+            raise _not_countable(model, error) from error
     return copied
+
+
+def _not_countable(model: nn.Module, error: Exception) -> BadState:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return BadState(
+        f"this {type(model).__name__} can't be run on a copy without numbers ({reason}); count it before it is "
+        "quantized, sharded or wrapped"
+    )
 
 
 def default_size(model: nn.Module) -> tuple[int, int, int]:

@@ -80,7 +80,8 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Give the edge weights of every image, stage by stage.
 
     The model runs in dense execution and eval mode, whatever its user chose, and is not touched: other threads may
-    predict meanwhile.
+    predict meanwhile. One in training mode that can't be copied (DistributedDataParallel, FSDP) is switched to eval
+    mode and back.
 
     Args:
         model: a dynamic graph network.
@@ -92,7 +93,7 @@ def adjacency(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         What a skipped node passes on is part of the edges past it. Of a cascade, that of the first pass.
 
     Raises:
-        BadType: if ``images`` is not a tensor.
+        BadType: if ``images`` is not a tensor, or of another type than the model.
         BadValue: if the model is static, or the images have the wrong rank or channels.
 
     >>> import dg_timm, timm, torch
@@ -123,6 +124,9 @@ def record(model: nn.Module, images: Tensor) -> AdjacencyRecorder:
     if not isinstance(images, Tensor):
         raise BadType(f"images must be a tensor (batch, channels, height, width), got {type(images).__name__}")
     require_dynamic(model)
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+        raise BadType(f"images are {images.dtype} and the model is {own}: images.to({own})")
     with _evaluated(model) as view, requesting(execution="dense"), recording(view) as recorder:
         recorder.output = view(images)
     return recorder

@@ -86,7 +86,7 @@ class ExpectedCost:
         macs = [
             self.costs.stages[name].blocks[node - 1] for name, stage in stages.items() for node in stage.gated_nodes
         ]
-        drawn = torch.cat([gate for stage in stages.values() for gate in sampling.drawn.get(stage, [])], dim=1)
+        drawn = torch.cat([sampling.drawn[stage][node] for stage in stages.values() for node in stage.gated_nodes], 1)
         run = drawn @ torch.tensor(macs, dtype=drawn.dtype).to(drawn.device, non_blocking=True)
         blocks = sum(len(stage.block_names) for stage in stages.values())
         return (self.always + run) / self.costs.static_total, (drawn.detach() == 0).float().sum(1) / blocks

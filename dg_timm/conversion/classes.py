@@ -30,8 +30,8 @@ class DynamicGraph:
         own = {
             f"{name}.{key}"
             for name, router in routers(self).items()  # type: ignore[arg-type]
-            for key in ("scale", "threshold")
-            if getattr(router, key) is not None
+            for key, _ in router.named_parameters()  # pruned or parametrized, they have other names
+            if not key.startswith("fc.") and key != "logits"
         }
         return set(static) | own
 

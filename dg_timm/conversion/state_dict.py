@@ -33,7 +33,8 @@ def is_static(state_dict: Iterable[str]) -> bool:
 def is_identity(model: nn.Module) -> bool:
     """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0, no gate closes.
 
-    Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force.
+    Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force; so do blocks that were
+    left out, and edges that fixed execution leaves out. A router whose layer was replaced is none of an identity.
 
     Raises:
         BadState: if the model has no numbers (it is on the meta device).
@@ -42,17 +43,22 @@ def is_identity(model: nn.Module) -> bool:
         raise BadState("a model on the meta device has no numbers to look at; load its weights first")
     return (
         all(_is_always_open(gate) for gate in gates(model).values())
-        and all(stage.is_complete() for stage in graph_stages(model).values())
+        and all(_is_whole(stage) for stage in graph_stages(model).values())
         and all(
             router.scale is not None
+            and type(getattr(router, "fc", None)) in (torch.nn.Linear, type(None))
             and float(router.scale[0].detach()) == 2.0
             and not bool(router.scale[1:].any())
             and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
-            and not float(router.threshold.detach()) > 1.0
+            and float(router.threshold.detach()) <= 1.0
             and not (router.fixed_threshold is not None and router.fixed_threshold > 1.0)
             for router in routers(model).values()
         )
     )
+
+
+def _is_whole(stage: DGStage) -> bool:
+    return stage.is_complete() and stage.topology == stage.edges and not stage.skipped_blocks()
 
 
 def _is_always_open(gate: Gate) -> bool:
@@ -203,8 +209,12 @@ def _refuse_another(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
 
 
 def _missing_blocks(model: nn.Module, given: Iterable[str]) -> list[str]:
-    """The blocks that a smaller network of the same names lacks: every stage has some, whole, and others not at all."""
-    given, missing = set(given), []
+    """What a network of the same names, with fewer or simpler blocks, lacks.
+
+    That is blocks, where every stage has some whole and others not at all; or tensors in blocks, where all blocks are
+    there and each lacks some. Anything else may be a part of the own architecture.
+    """
+    given, missing, inside, is_some_whole = set(given), list[str](), list[str](), False
     for name, stage in graph_stages(model).items():
         present = False
         for block in (*stage.entry_names, *stage.block_names):
@@ -212,12 +222,14 @@ def _missing_blocks(model: nn.Module, given: Iterable[str]) -> list[str]:
             keys = {f"{where}{key}" for key in stage.get_submodule(block).state_dict() if "num_batches" not in key}
             if keys and not keys & given:
                 missing.append(f"no tensor of '{where.rstrip('.')}'")
-            elif not keys <= given:
-                return []
+            is_some_whole = is_some_whole or keys <= given
+            inside += [f"no tensor '{key}'" for key in sorted(keys - given) if keys & given]
             present = present or bool(keys & given)
         if not present:
             return []
-    return missing
+    if missing and inside:
+        return []
+    return missing or ([] if is_some_whole else inside)
 
 
 def register_hooks(model: nn.Module) -> None:

@@ -124,7 +124,7 @@ class Dense(Executor):
         if edges.learns():
             drawn = edges.straight_through(torch.sigmoid(logit), drawn)
         if self.sampling is not None:
-            self.sampling.drawn.setdefault(self.stage, []).append(drawn * edges.has_open_input(self.into))
+            self.sampling.drawn.setdefault(self.stage, {})[node] = drawn * edges.has_open_input(self.into)
         if self.recorder is not None:
             self.recorder.keep_gate(self.stage, node, runs | ~edges.has_open_input(self.into))
         return drawn, runs

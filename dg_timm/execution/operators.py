@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dg_timm import _compat
-from dg_timm._errors import BadValue
+from dg_timm._errors import BadState, BadValue
 from dg_timm.execution import allocator, backends
 from dg_timm.graph import edges
 
@@ -104,6 +104,8 @@ _library.define("weighted_sum(Tensor[] features, Tensor weights) -> Tensor")
 
 def _implementation(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     check_fit(features, weights)
+    if _compat.is_forward_mode():
+        raise BadState("torch.ops.dg_timm.weighted_sum has no forward-mode derivative; graph.edges.weighted_sum has")
     features = match_layout(features, features[0])
     kernels = backends.kernels_for(features[0]) if uses_kernels() else None
     if kernels is None:

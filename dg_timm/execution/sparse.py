@@ -68,7 +68,7 @@ class Sparse(Executor):
         if z is None:
             return None
         refuse_batch_statistics(block)
-        return block(z)
+        return self.given(node, block(z), len(z))
 
     def finish(self, node: int, feature: Tensor) -> None:
         """As in :class:`Executor`."""

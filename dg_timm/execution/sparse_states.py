@@ -92,7 +92,8 @@ class ByKernels:
     def close_gates(self, node: int, gate: Gate, router: Router) -> int:
         """As in :class:`State`."""
         dtype = self.like.dtype
-        plain_gate, plain_router = gate_parameters(gate, dtype), plain_parameters(router, dtype)
+        channels = self.like.shape[1]
+        plain_gate, plain_router = gate_parameters(gate, dtype, channels), plain_parameters(router, dtype, channels)
         if plain_gate is not None and plain_router is not None:
             return self.native.close_gates(node, plain_gate, plain_router)
         assert self.native.pooled is not None
@@ -108,7 +109,7 @@ class ByKernels:
     def finish(self, node: int, feature: Tensor, router: Router) -> None:
         """As in :class:`State`."""
         self.maps.append(feature)
-        plain = plain_parameters(router, feature.dtype)
+        plain = plain_parameters(router, feature.dtype, feature.shape[1])
         self.native.finish_node(node, feature, plain)
         if plain is None:
             means = operators.channel_means(feature)
@@ -119,8 +120,10 @@ class ByKernels:
                 self.native.pooled[images, node] = means
 
 
-def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | None:
-    """What a router computes with, if that is all that decides what it gives; None if it has to be called.
+def plain_parameters(router: Router, dtype: torch.dtype, channels: int) -> RouterParameters | None:
+    """What a router of features of so many channels computes with, if nothing else decides what it gives.
+
+    Otherwise None: it has to be called.
 
     It has to be where its layer is replaced, hooked, wrapped, parametrized, pruned, quantized or offloaded. A stage
     asks at every node, so this reads the dictionaries of modules.
@@ -134,7 +137,10 @@ def plain_parameters(router: Router, dtype: torch.dtype) -> RouterParameters | N
     weight, bias, scale, threshold = of_fc.get("weight"), of_fc.get("bias"), own.get("scale"), own.get("threshold")
     if not (_is_plain(weight, dtype) and _is_plain(bias, dtype) and _is_plain(threshold, dtype)):
         return None
-    if (scale is None) == router.has_scale or not weight.is_contiguous():
+    degree = len(router.targets)
+    if weight.shape != (degree, channels) or bias.shape != (degree,) or not weight.is_contiguous():
+        return None  # calling it says what is wrong
+    if (scale is None) == router.has_scale or (scale is not None and scale.shape != (degree,)):
         return None
     fixed = request().threshold
     fixed = router.fixed_threshold if fixed is None else fixed
@@ -145,8 +151,8 @@ def _is_plain(tensor: nn.Parameter | None, dtype: torch.dtype) -> TypeGuard[nn.P
     return type(tensor) is nn.Parameter and tensor.dtype == dtype and not tensor.is_meta
 
 
-def gate_parameters(gate: Gate, dtype: torch.dtype) -> GateParameters | None:
-    """What a gate computes with, if that is all that decides what it gives, as :func:`plain_parameters`."""
+def gate_parameters(gate: Gate, dtype: torch.dtype, channels: int) -> GateParameters | None:
+    """What a gate computes with, as :func:`plain_parameters`."""
     fc = _compat.own_modules(gate).get("fc")
     if type(gate) is not Gate or type(fc) is not nn.Linear or _compat.has_hooks(gate) or _compat.has_hooks(fc):
         return None
@@ -155,7 +161,7 @@ def gate_parameters(gate: Gate, dtype: torch.dtype) -> GateParameters | None:
     if not (_is_plain(weight, dtype) and _is_plain(bias, dtype) and _is_plain(shift, dtype)):
         return None
     budget = gate.effective_budget()
-    if budget is None or not weight.is_contiguous():
+    if budget is None or weight.shape != (1, channels) or not weight.is_contiguous():
         return None
     return GateParameters(weight, bias.item() + shift.item() * (1 - budget))
 

@@ -51,13 +51,13 @@ class GateSampling:
     Attributes:
         noise: {stage: (gates, batch)}, what is added to the logits of each gate; None for none.
         budgets: (batch, 1), what each image aims at; None leaves that to the gates.
-        drawn: {stage: of each gate in order, (batch, 1)}: 1 where it is open and 0 where it is closed, with the
-            gradient of its sigmoid.
+        drawn: {stage: {node: (batch, 1)}}: 1 where its gate is open and 0 where it is closed, with the gradient of its
+            sigmoid. By node, as a checkpointed pass runs again.
     """
 
     noise: dict["DGStage", Tensor] | None = None
     budgets: Tensor | None = None
-    drawn: dict["DGStage", list[Tensor]] = field(default_factory=dict)
+    drawn: dict["DGStage", dict[int, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

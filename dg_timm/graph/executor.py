@@ -53,7 +53,19 @@ class Executor(ABC):
         if first is not None and first.block_projects:
             return block(first.source, self.reader(first))
         z = self.read(node, None if first is None else first.source)
-        return None if z is None else block(z)
+        return None if z is None else self.given(node, block(z), len(z))
+
+    @staticmethod
+    def given(node: int, feature: Tensor | None, images: int) -> Tensor:
+        """Give what a block made of so many images; raise BadValue if it made nothing, or of another number."""
+        if feature is None:
+            raise BadValue(f"block {node} of a stage returned None; does its forward lack a return?")
+        if isinstance(feature, Tensor) and feature.shape[:1] != (images,):
+            raise BadValue(
+                f"block {node} of a stage gave a feature of shape {tuple(feature.shape)} for {images} images: a block "
+                "must keep the batch"
+            )
+        return feature
 
     def check_shape(self, node: int, feature: Tensor) -> None:
         """Raise BadValue unless a node's feature has the shape that node 0's has."""

@@ -5,6 +5,7 @@ from typing import List, Optional
 import torch
 from torch import Tensor, nn
 
+from dg_timm._errors import BadValue
 from dg_timm.graph import edges
 from dg_timm.graph.context import is_by_image, request
 
@@ -91,7 +92,12 @@ class Router(nn.Module):
         """What the sigmoid takes: (batch, channels) -> (batch, edges)."""
         if hasattr(self, "fc"):  # TorchScript resolves it
             if not torch.jit.is_scripting():
-                return edges.apply_linear(self.fc, pooled, is_by_image())
+                logits = edges.apply_linear(self.fc, pooled, is_by_image())
+                if logits.shape[1] != len(self.targets):
+                    raise BadValue(
+                        f"the layer of router {self.node} gives {logits.shape[1]} numbers for {len(self.targets)} edges"
+                    )
+                return logits
             return self.fc(pooled)
         else:
             return self.logits.expand(pooled.shape[0], -1)

@@ -127,6 +127,8 @@ def _check_model(model: nn.Module) -> None:
     for wrapped in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and the average of weights
         if isinstance(getattr(model, wrapped, None), nn.Module):
             raise BadValue(f"{type(model).__name__} wraps the network; save what is inside: model.{wrapped}")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise BadState("a model on the meta device has no weights to save; load them first")
     name_and_options(model)
     num_classes = getattr(model, "num_classes", None)
     if not num_classes:

@@ -152,3 +152,30 @@ def test_the_complexity_of_the_paper_is_that_of_its_networks():
     assert 0 < dynamic.aggregation < 0.02 * static.convolutions
     assert dynamic.multiply_adds == dynamic.convolutions + dynamic.aggregation
     assert 1 < dynamic.params / static.params < 1.01
+
+
+class Uncopyable(nn.Module):
+    def __deepcopy__(self, memo):
+        raise TypeError("can't be copied")
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_what_can_not_be_counted_says_so():
+    model, images = timm.create_model("dg_cifar_resnet20").eval(), torch.randn(2, 3, 32, 32)
+    wanted = dg_timm.adjacency(model, images)
+    for spoilt in (torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}), copy.deepcopy(model)):
+        if not any("quantized" in type(module).__module__ for module in spoilt.modules()):
+            spoilt.lock = Uncopyable()
+        with pytest.raises(dg_timm.UserError, match=r"can't be run on a copy without numbers .*; count it before"):
+            dg_timm.cost(spoilt, images)
+        found = dg_timm.adjacency(spoilt, images)
+        assert {name: alpha.shape for name, alpha in found.items()} == {n: a.shape for n, a in wanted.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+@pytest.mark.parametrize("look", [dg_timm.cost, dg_timm.adjacency, dg_timm.skipped_nodes])
+def test_images_of_another_type_are_named(dtype, look):
+    model = timm.create_model("dg_cifar_resnet20").eval()
+    with pytest.raises(dg_timm.UserError, match=f"images are {dtype} and the model is torch.float32"):
+        look(model, torch.zeros(2, 3, 32, 32, dtype=dtype))

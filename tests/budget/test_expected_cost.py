@@ -113,3 +113,17 @@ def test_its_minimum_is_the_cost_with_every_gate_closed():
         torch.nn.init.zeros_(gate.fc.weight)
         torch.nn.init.constant_(gate.fc.bias, -1.0)
     assert dg_timm.cost(model, images).max().item() == pytest.approx(ExpectedCost(model).minimum, abs=1e-6)
+
+
+def test_a_pass_that_is_computed_again_counts_once():
+    """Checkpointed blocks run a second time in the backward pass, and a loop may run the network twice."""
+    model, images = gated_network()
+    model.train()
+    model.set_grad_checkpointing(True)
+    expected = ExpectedCost(model)
+    with expected.recording(len(images)) as costs:
+        model(images)
+        once, _ = costs()
+        model(images).sum().backward()
+        again, _ = costs()
+    torch.testing.assert_close(again, once)

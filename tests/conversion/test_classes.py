@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import dg_timm
 from dg_timm._errors import UserError
@@ -258,3 +259,14 @@ def test_a_process_that_imports_nothing_but_pickle_loads_them(tmp_path):
     assert [line[0] for line in lines] == list(made)
     assert [line[1] for line in lines if line[0] != "features"][:2] == ["DGResNet", "DGEfficientNet"]
     assert all(line[2] == classes.__name__ for line in lines if line[0] != "features")
+
+
+def test_a_scale_that_is_pruned_or_parametrized_does_not_decay():
+    model = timm.create_model("dg_cifar_resnet20")
+    assert {"layer1.router0.scale", "layer1.router0.threshold"} <= model.no_weight_decay()
+    prune.l1_unstructured(model.layer1.router0, "scale", 1)
+    parametrize.register_parametrization(model.layer1.router1, "scale", nn.Identity())
+    left = {name for name, _ in model.named_parameters()}
+    listed = model.no_weight_decay()
+    assert listed <= left
+    assert {"layer1.router0.scale_orig", "layer1.router1.parametrizations.scale.original"} <= listed

@@ -334,3 +334,39 @@ def test_thresholds_count_for_what_is_an_identity():
         assert torch.equal(outputs(model), outputs(static)) == expected
     nn.init.constant_(router.fc.bias, 1e-3)
     assert not is_identity(model)
+
+
+def test_what_is_left_out_or_replaced_is_no_identity():
+    model = dg_timm.dynamize(copy.deepcopy(made("cifar_resnet20")))
+    assert is_identity(model)
+    gated = dg_timm.dynamize(copy.deepcopy(made("cifar_resnet20")), gates=True).eval()
+    assert is_identity(gated)
+    nn.init.constant_(gated.layer1.gate2.fc.bias, -3.0)
+    assert not is_identity(dg_timm.to_fixed(gated, torch.randn(2, 3, 32, 32)))
+    cut = {name: torch.ones(len(stage.edges), len(stage.edges)).triu(1) for name, stage in graph_stages(model).items()}
+    cut["layer2"][2, 3] = 0
+    dg_timm.set_execution(model, "fixed", cut)
+    assert not is_identity(model)
+    dg_timm.set_execution(model, "dense")
+    assert is_identity(model)
+    kept = model.layer1.router1.fc
+    model.layer1.router1.fc = nn.Identity()
+    assert not is_identity(model)
+    model.layer1.router1.fc = kept
+    nn.init.constant_(model.layer1.router1.threshold, float("nan"))
+    assert not is_identity(model)
+
+
+@pytest.mark.parametrize(("other", "name"), [("resnet18", "dg_seresnet18"), ("regnetx_002", "dg_regnety_002")])
+@pytest.mark.parametrize("strict", [True, False])
+def test_simpler_blocks_of_the_same_names_are_another_architecture(other, name, strict):
+    if name not in timm.list_models("dg_*"):
+        dynamic = dg_timm.dynamize(timm.create_model(name.removeprefix("dg_")))
+    else:
+        dynamic = timm.create_model(name)
+    before = state_of(dynamic)
+    static = timm.create_model(other)
+    for model, given in ((dynamic, static), (nn.ModuleDict({"net": dynamic}), nn.ModuleDict({"net": static}))):
+        with pytest.raises(UserError, match=r"does not fit|is of another architecture .*se\b"):
+            model.load_state_dict(given.state_dict(), strict=strict)
+        assert_unchanged(dynamic, before)

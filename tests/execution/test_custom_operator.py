@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from dg_timm import set_threshold
+from dg_timm import UserError, set_threshold
 from dg_timm.execution import operators
 from dg_timm.graph import edges
 from tests.helpers.maps import LAYOUTS, make_maps
@@ -158,3 +158,12 @@ def test_modes_that_watch_see_one_operation():
             got = stage(x)
     assert torch.equal(got, wanted)
     assert seen.count(weighted_sum) == 4  # three blocks and the output
+
+
+def test_forward_mode_through_the_operator_itself_is_refused():
+    """It would give no tangent without a word."""
+    features = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(features[0], torch.randn(2, 3, 4, 4))
+        with pytest.raises(UserError, match="has no forward-mode derivative"):
+            torch.ops.dg_timm.weighted_sum([dual, features[1]], torch.rand(2, 2))

@@ -148,6 +148,20 @@ def test_an_error_in_a_pass_ends_what_it_kept():
         torch.testing.assert_close(model(images), wanted)
 
 
+def test_who_has_several_passes_is_counted_by_image_and_stage():
+    """Of a network whose images share some stages, what a second pass costs is the whole less what was shared."""
+    model, images = leading_network()
+    costs = []
+    for budget in (0.0, 1.0):
+        with requesting(sets_budget=True, budget=budget):
+            costs.append(dg_timm.cost(model, images))
+    dg_timm.set_cascade(model, (0.0, 1.0), threshold=1.0)
+    shared = costs[0] + costs[1] - dg_timm.cost(model, images)
+    assert (shared > 0).all()
+    assert (shared < costs[1]).all()
+    assert len(shared.unique()) > 1
+
+
 def test_leading():
     rows = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()
     assert leading(rows).tolist() == [2, 0, 4]

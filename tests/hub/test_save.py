@@ -18,6 +18,12 @@ from tests.helpers.publishing import contents, converted
 from tests.helpers.scripts import python
 
 
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    with pytest.raises(BadState, match="on the meta device has no weights to save"):
+        dg_timm.save_pretrained(timm.create_model("dg_resnet18", device="meta"), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 @pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_round_trip(name, tmp_path):
     model = randomize_graph(randomize(timm.create_model(name, num_classes=3))).to(memory_format=torch.channels_last)

@@ -56,7 +56,7 @@ def test_of_a_range_thirds_aim_at_its_ends_and_one_between():
         seen.append(request().gates.budgets[:, 0])
         return ClassificationObjective(10)(model, batch, *entropy)
 
-    priced = CostTarget(task, ExpectedCost(model), targets=(0.5, 0.9), seed=1)
+    priced = CostTarget(task, ExpectedCost(model), targets=(0.5, 0.9), weight=20.0, seed=1)
     losses = priced(model, batch_of(images), 5)
     (budgets,) = seen
     assert (budgets == 0.5).sum() == (budgets == 0.9).sum() == len(images) / 3
@@ -65,8 +65,10 @@ def test_of_a_range_thirds_aim_at_its_ends_and_one_between():
     assert between.max() < 0.9
     cost = losses.metrics["cost"]
     assert cost[budgets == 0.5].mean() < cost[budgets == 0.9].mean()
-    distance = (cost[budgets == 0.5].mean() - 0.5).clamp(min=0)
+    distances = {target: cost[budgets == target].mean() - target for target in (0.5, 0.9)}
+    assert min(distances.values()) < 0  # too cheap has a price, too
     priced.weight = 0.0
     free = priced(model, batch_of(images), 5)
-    added = (losses.loss - free.loss)[budgets == 0.5]
-    assert torch.allclose(added, torch.full_like(added, 20.0) * distance.double() ** 2, rtol=1e-4)
+    for target, distance in distances.items():
+        added = (losses.loss - free.loss)[budgets == target]
+        assert torch.allclose(added, torch.full_like(added, 20.0) * distance.double() ** 2, rtol=1e-4)

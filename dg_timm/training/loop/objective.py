@@ -37,7 +37,9 @@ class CostTarget:
     """Another objective plus a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
 
     With a range of targets every image of a batch aims at one of its own: a third at the lowest, a third at the
-    highest, a third between (the sandwich rule of slimmable networks, Yu & Huang, 2019). Each third has its price.
+    highest, a third between (the sandwich rule of slimmable networks, Yu & Huang, 2019). Each third has its price, and
+    there it is ``(cost - target)^2``: without a price on being too cheap, the larger budgets came to lie next to the
+    smaller ones.
 
     The targets come down from 1, linearly, over the first updates, and the gates are noisy over the same time and
     longer: each image then meets the network with and without a block, and later blocks learn to do without.
@@ -101,7 +103,8 @@ class CostTarget:
         for group in range(int(groups.max()) + 1):
             own = mask * (groups == group).to(cost)
             above = ((cost - targets.to(cost)) * own).sum() / own.sum().clamp(min=1)
-            price = price + above.clamp(min=0).square() * (groups == group).to(cost)
+            above = above if budgets is not None else above.clamp(min=0)
+            price = price + above.square() * (groups == group).to(cost)
         mean = ((cost * mask).sum() / mask.sum().clamp(min=1)).detach()
         shown = {"cost": cost.detach(), "skipped": 100 * skipped, "spread": (cost.detach() - mean).abs()}
         shown = {name: _of_batch(value, batch) for name, value in shown.items()}
