@@ -343,7 +343,10 @@ def test_what_is_left_out_or_replaced_is_no_identity():
     assert is_identity(gated)
     nn.init.constant_(gated.layer1.gate2.fc.bias, -3.0)
     assert not is_identity(dg_timm.to_fixed(gated, torch.randn(2, 3, 32, 32)))
-    cut = {name: torch.ones(len(stage.edges), len(stage.edges)).triu(1) for name, stage in graph_stages(model).items()}
+    cut = {
+        name: torch.ones(len(stage.edges), len(stage.edges)).triu(1).bool()
+        for name, stage in graph_stages(model).items()
+    }
     cut["layer2"][2, 3] = 0
     dg_timm.set_execution(model, "fixed", cut)
     assert not is_identity(model)
