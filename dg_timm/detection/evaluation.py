@@ -39,14 +39,14 @@ class Detections(NamedTuple):
         boxes: (n, 4) float32, [left, top, right, bottom] in pixels.
         scores: (n,) float32, 0..1.
         labels: (n,) int64, from 1 on.
-        cost: of the backbone, relative to the static one; nan where it was not counted.
+        cost: of the backbone, relative to the static one; None where it was not counted.
     """
 
     row: int
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    cost: float = math.nan
+    cost: float | None = None
 
 
 class ClassAP(NamedTuple):
@@ -111,7 +111,7 @@ def collect_detections(
             precision = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
             with precision, recording(body) if costs is not None else nullcontext() as recorder:
                 found = detector(batch.images)
-            of_images = [math.nan] * len(found)
+            of_images: list[float | None] = [None] * len(found)
             if costs is not None and recorder is not None:
                 of_images = recorded_cost(body, recorder, costs).tolist()
             counted = zip(batch.sample_mask.tolist(), batch.rows.tolist(), found, of_images, strict=True)
@@ -166,8 +166,8 @@ def evaluate_detector(
 
 def _cost_figures(found: Sequence[Detections]) -> dict[str, float]:
     """The mean cost of the images, and its spread between them; nothing where it was not counted."""
-    of_images = np.array([one.cost for one in found])
-    return {} if np.isnan(of_images).all() else {"cost": float(of_images.mean()), "spread": float(of_images.std())}
+    of_images = [one.cost for one in found if one.cost is not None]
+    return {"cost": float(np.mean(of_images)), "spread": float(np.std(of_images))} if of_images else {}
 
 
 def average_precision(found: Sequence[Detections], split: DetectionSplit, categories: Categories) -> APResult:

@@ -42,6 +42,7 @@ class Dense(Executor):
         self.stage, self.topology, self.plain = stage, topology, plain
         self.recorder, self.sampling = recorder, sampling
         self.trains = plain and torch.is_grad_enabled()
+        self.checks = plain
         nodes = len(topology)
         self.weights: list[dict[int, Tensor]] = [{}] * nodes  # of every node: (batch,) of its edges, by target
         self.carried: list[dict[int, Tensor]] = [{}] * nodes  # ... and what they carry

@@ -93,7 +93,7 @@ class Router(nn.Module):
         if hasattr(self, "fc"):  # TorchScript resolves it
             if not torch.jit.is_scripting():
                 logits = edges.apply_linear(self.fc, pooled, is_by_image())
-                if logits.shape[1] != len(self.targets):
+                if isinstance(logits, Tensor) and not torch.jit.is_tracing() and logits.shape[1] != len(self.targets):
                     raise BadValue(
                         f"the layer of router {self.node} gives {logits.shape[1]} numbers for {len(self.targets)} edges"
                     )

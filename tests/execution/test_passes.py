@@ -158,7 +158,7 @@ def test_who_has_several_passes_is_counted_by_image_and_stage():
     dg_timm.set_cascade(model, (0.0, 1.0), threshold=1.0)
     shared = costs[0] + costs[1] - dg_timm.cost(model, images)
     assert (shared > 0).all()
-    assert (shared < costs[1]).all()
+    assert (shared <= costs[1] + 1e-9).all()  # all of it, of an image that skipped nothing
     assert len(shared.unique()) > 1
 
 

@@ -183,7 +183,12 @@ def test_a_router_whose_weight_is_computed_is_asked():
     torch.nn.utils.parametrizations.weight_norm(stage.router1.fc)
     torch.nn.utils.prune.random_unstructured(stage.router2.fc, "weight", 0.5)
     routers = [stage.get_submodule(f"router{n}") for n in range(4)]
-    assert [sparse_states.plain_parameters(router, x.dtype) is None for router in routers] == [False, True, True, False]
+    assert [sparse_states.plain_parameters(router, x.dtype, x.shape[1]) is None for router in routers] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     with torch.no_grad():
         wanted = stage(x)
         stage.execution = "sparse"
