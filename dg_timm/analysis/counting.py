@@ -124,7 +124,9 @@ def cost(model: nn.Module, images: Tensor) -> Tensor:
 def recorded_cost(model: nn.Module, recorder: AdjacencyRecorder, counted: "Costs") -> Tensor:
     """As :func:`cost`, for a forward pass that was recorded, all passes of a cascade together: (batch,) float64."""
     total = counted.relative(_opened(model, recorder.recorded))
-    shared = shared_cost(model, recorder, counted) if recorder.later else total
+    if not recorder.later:
+        return total
+    shared = shared_cost(model, recorder, counted)
     for images, again in recorder.later:
         total[images] += counted.relative(_opened(model, again.recorded)) - shared[images]
         shared[images] = shared_cost(model, again, counted)

@@ -18,7 +18,7 @@ from dg_timm.execution import operators
 from dg_timm.execution.passes import Pass, forget, may_reuse
 from dg_timm.graph.context import request, requesting
 from dg_timm.graph.gate import gates
-from dg_timm.graph.stage import require_dynamic
+from dg_timm.graph.stage import DGStage, require_dynamic
 
 # How sure a network is of an image, from its logits (batch, classes): (batch,), higher is surer
 CERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -128,8 +128,14 @@ def _check_budgets(budgets: Sequence[float | None]) -> tuple[float | None, ...]:
 
 def cascade_of(model: nn.Module) -> Cascade | None:
     """The cascade of a model, or None."""
-    stage = next(iter(require_dynamic(model).values()))
+    stage = _first_stage(model)
     return None if stage.cascade is None else Cascade(**{**stage.cascade, "budgets": tuple(stage.cascade["budgets"])})
+
+
+def _first_stage(model: nn.Module) -> DGStage:
+    """The first stage, which has the settings of all: every call asks, and does not walk through the whole model."""
+    found = next((module for module in model.modules() if isinstance(module, DGStage)), None)
+    return found or next(iter(require_dynamic(model).values()))
 
 
 def _install(model: nn.Module, cascade: Cascade | None) -> None:
@@ -151,11 +157,11 @@ def _install(model: nn.Module, cascade: Cascade | None) -> None:
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A hook before the first pass: let it keep what later passes need not run again."""
-    asked, stage = request(), next(iter(require_dynamic(model).values()))
+    asked, stage = request(), _first_stage(model)
     images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if model.training or asked.sets_budget or asked.recorder is not None or images is None:
         return
-    if (asked.execution or stage.execution) == "sparse" and operators.has_values(images) and may_reuse(model):
+    if (asked.execution or stage.execution) == "sparse" and operators.has_values(images):
         first = Pass(torch.arange(len(images)))
         first.leave.enter_context(requesting(passes=first))
 
@@ -179,6 +185,10 @@ def _run_next_passes(model: nn.Module, args: tuple, kwargs: dict[str, Any], logi
     if asked.recorder is not None:
         asked.recorder.later.clear()  # of the forward pass before
     some = torch.arange(len(logits), device=logits.device)
+    if not bool(cascade.unsure(logits).any()):
+        return None
+    if not may_reuse(model):
+        current = None
     for budget in cascade.budgets[1:]:
         some = some[cascade.unsure(logits[some])]
         if len(some) == 0:

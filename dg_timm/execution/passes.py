@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dg_timm._errors import BadState
 from dg_timm._views import default_size, meta_copy
 from dg_timm.graph.context import requesting
 from dg_timm.graph.gate import Gate, gates
@@ -34,6 +33,7 @@ class Pass:
     Attributes:
         outputs: of the stages that ran, in order.
         skips: {stage: (rows,) bool}, which images skipped a block of it.
+        repeats: whether a stage ran twice, and gave no single output that another pass could take.
         leave: ends the request that this pass is part of.
     """
 
@@ -44,6 +44,7 @@ class Pass:
         self.joins = torch.zeros_like(images) if joins is None else joins
         self.outputs: dict[DGStage, Tensor] = {}
         self.skips: dict[DGStage, Tensor] = {}
+        self.repeats = False
         self.leave = ExitStack()
         self._kept: list[Tensor] = []
 
@@ -57,13 +58,8 @@ class Pass:
         self._kept.append(skipped)
 
     def run_stage(self, stage: DGStage, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a stage for the images that are here, and let those join that need not run it.
-
-        Raises:
-            BadState: if the stage ran before: it gives two outputs then.
-        """
-        if stage in self.outputs:
-            raise BadState("a stage that runs twice in one pass gives no single output that another pass could take")
+        """Run a stage for the images that are here, and let those join that need not run it."""
+        self.repeats = self.repeats or stage in self.outputs
         self._kept = []
         before = None if self.before is None else self.before[0].outputs[stage]
         out = before[:0] if before is not None and len(x) == 0 else run(x)
@@ -128,6 +124,8 @@ def _try_joining(model: nn.Module) -> bool:
     first = Pass(torch.arange(2))
     with requesting(execution="sparse", passes=first):
         copied(images)
+    if first.repeats:
+        return False
     stages = len(first.outputs)
     joins = torch.arange(stages).repeat_interleave(2)  # two images at a time: one alone would broadcast
     second = Pass(torch.arange(2 * stages), joins, (first, torch.arange(2).repeat(stages)))

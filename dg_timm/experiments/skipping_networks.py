@@ -1,6 +1,7 @@
 """What the finished networks of :mod:`dg_timm.experiments.skipping` do: image by image, and on the clock."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dg_timm._errors import BadValue
 from dg_timm._files import atomic_write
 from dg_timm._hardware import describe_hardware
 from dg_timm.budget.choice import choose_among, set_choice
@@ -107,7 +109,7 @@ def time_networks(
 ) -> list[Row]:
     """Time finished networks of one seed in sparse execution beside the static one, on real images.
 
-    A range is timed at its lowest budget, with every gate open, and as a cascade.
+    A range is timed at its lowest budget, with every gate open, and as a cascade if one costs so little.
 
     Args:
         store: of the trials.
@@ -144,14 +146,13 @@ def _timed(result: Result, batches: Sequence[tuple[Tensor, Tensor]]) -> Mapping[
 
     if result.trial.name != "range":
         return {result.trial.name: load()}
-    cascade, lowest = load(), load()
+    whole, cascade, lowest = load(cost=None), load(), load()
     for gate in gates(lowest).values():
         gate.budget = min(BUDGETS)
     some = batches[: -(-_CHOSEN_ON // len(batches[0][0]))]
     observed = {budget: observe_budget(cascade, some, budget) for budget in BUDGETS}
-    set_choice(cascade, choose_among(observed, target_cost=TIMED_CASCADE))
-    return {
-        f"range, budget {min(BUDGETS):g}": lowest,
-        "range, every gate open": load(cost=None),
-        f"range, cascade {TIMED_CASCADE:g}": cascade,
-    }
+    found = {f"range, budget {min(BUDGETS):g}": lowest, "range, every gate open": whole}
+    with contextlib.suppress(BadValue):  # no budget costs so little
+        set_choice(cascade, choose_among(observed, target_cost=TIMED_CASCADE))
+        found[f"range, cascade {TIMED_CASCADE:g}"] = cascade
+    return found

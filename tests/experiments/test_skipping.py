@@ -55,10 +55,11 @@ def test_a_range_has_two_rows_and_differences_are_of_the_same_seeds():
 @pytest.mark.slow
 def test_from_weights_to_the_table(tmp_path):
     save_file(timm.create_model("cifar_resnet20", num_classes=10).state_dict(), tmp_path / "w.safetensors")
-    done = run("experiments/skipping.py", "--data", "digits", "--model", "cifar_resnet20",
-               "--weights", tmp_path / "w.safetensors", "--seeds", 0, "--target-cost", 0.8,
+    words = ("experiments/skipping.py", "--data", "digits", "--model", "cifar_resnet20",
+             "--weights", tmp_path / "w.safetensors", "--seeds", 0, "--target-cost", 0.8,
                "--set", "epochs=1", "warmup-epochs=0", "train-limit=64", "val-limit=64", "batch-size=32",
                "image-size=32", "--output", tmp_path / "out", "--results", tmp_path / "results")  # fmt: skip
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     table = rows(tmp_path / "results" / "skipping.csv")
     assert [row["network"] for row in table] == [
@@ -68,6 +69,11 @@ def test_from_weights_to_the_table(tmp_path):
     left_out = json.loads((tmp_path / "out" / "gates-0.8-0-fixed" / "config.json").read_text(encoding="utf-8"))
     is_whole = not left_out["model_args"].get("skipped_blocks")
     assert (float(table[4]["cost"]) >= 1) == is_whole  # relative to the static network with all blocks
+    timed = run(*words, "--time", "--rounds", 2, "--time-batch", 2)
+    assert timed.returncode == 0, timed.stderr
+    times = {row["network"]: float(row["time_2"]) for row in rows(tmp_path / "results" / "times-1.csv")}
+    assert {"gates-0.8", "fixed-0.8", "range, budget 0.6", "range, every gate open"} <= set(times)
+    assert all(ratio > 0 for ratio in times.values())
     observed = rows(tmp_path / "results" / "images.csv")
     assert {"budget 1", "budget 0.6"} <= {row["how"] for row in observed if row["network"] == "range"}
     assert float(observed[0]["top1"]) == pytest.approx(float(table[1]["top1"]))  # of the same images
