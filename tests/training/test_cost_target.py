@@ -45,30 +45,54 @@ def test_nothing_is_paid_below_the_target_and_the_noise_goes():
     assert not torch.equal(priced(model, batch, 0, 0, 1).metrics["cost"], noisy.metrics["cost"])
 
 
-def test_of_a_range_thirds_aim_at_its_ends_and_one_between():
+def test_of_a_range_every_image_passes_at_its_ends_and_between():
     model, images = gated_network()
-    images = images.repeat(12, 1, 1, 1)
+    images, size = images.repeat(12, 1, 1, 1), 12 * len(images)
     for gate in gates(model).values():
         gate.shift.data.fill_(-100.0)
     seen = []
 
-    def task(model, batch, *entropy):
-        seen.append(request().gates.budgets[:, 0])
-        return ClassificationObjective(10)(model, batch, *entropy)
+    def task(model, batch, *entropy, copies):
+        seen.append(request().gates.budgets[:, 0].view(copies, -1))
+        return ClassificationObjective(10)(model, batch, *entropy, copies=copies)
 
-    priced = CostTarget(task, ExpectedCost(model), targets=(0.5, 0.9), weight=20.0, seed=1)
+    expected = ExpectedCost(model)
+    priced = CostTarget(task, expected, targets=(0.5, 0.9), weight=20.0, seed=1)
     losses = priced(model, batch_of(images), 5)
-    (budgets,) = seen
-    assert (budgets == 0.5).sum() == (budgets == 0.9).sum() == len(images) / 3
-    between = budgets[(budgets != 0.5) & (budgets != 0.9)]
+    ((high, low, between),) = seen
+    assert (high == 0.9).all()
+    assert (low == 0.5).all()
     assert between.min() > 0.5
     assert between.max() < 0.9
-    cost = losses.metrics["cost"]
-    assert cost[budgets == 0.5].mean() < cost[budgets == 0.9].mean()
-    distances = {target: cost[budgets == target].mean() - target for target in (0.5, 0.9)}
-    assert min(distances.values()) < 0  # too cheap has a price, too
+    assert len(between.unique()) > size // 2
+    with expected.recording(3 * size, budgets=torch.cat([high, low, between])) as costs:
+        model(torch.cat([images] * 3))
+    cost = costs()[0].view(3, size)
+    assert cost[1].mean() < cost[0].mean()
+    torch.testing.assert_close(losses.metrics["cost"], cost.mean(0))
+    above = cost.mean(1) - torch.stack([high, low, between]).mean(1)
+    assert above.min() < 0  # too cheap has a price, too
     priced.weight = 0.0
-    free = priced(model, batch_of(images), 5)
-    for target, distance in distances.items():
-        added = (losses.loss - free.loss)[budgets == target]
-        assert torch.allclose(added, torch.full_like(added, 20.0) * distance.double() ** 2, rtol=1e-4)
+    added = losses.loss - priced(model, batch_of(images), 5).loss
+    torch.testing.assert_close(added, (20.0 * above.square().mean()).expand(size), check_dtype=False, rtol=1e-4, atol=0)
+
+
+def test_copies_learn_from_the_first_which_learns_from_the_teacher():
+    images = torch.rand(4, 5)
+    rows = {len(images): images, 3 * len(images): torch.cat([images, images * 2, images * 3])}
+    model = lambda x: rows[len(x)]  # noqa: E731
+    batch = batch_of(images)
+    alone = ClassificationObjective(5, distill_weight=0.25)
+    plain = [ClassificationObjective(5)(lambda x, by=by: x * by, batch).loss for by in (1, 2, 3)]
+    losses = alone(model, batch, copies=3)
+    shares = images.softmax(1)
+    learned = [(shares * (images.log_softmax(1) - (images * by).log_softmax(1))).sum(1) for by in (2, 3)]
+    rest = [0.75 * loss + 0.25 * other for loss, other in zip(plain[1:], learned, strict=True)]
+    torch.testing.assert_close(losses.loss, (plain[0] + rest[0] + rest[1]) / 3)
+    assert torch.equal(losses.metrics["top1"], alone(model, batch).metrics["top1"])
+    rows[12] = rows[12].requires_grad_()
+    alone(model, batch, copies=3).loss.sum().backward()
+    first = rows[12].grad[:4]
+    own = images.clone().requires_grad_()
+    ClassificationObjective(5)(lambda _: own, batch).loss.sum().backward()
+    torch.testing.assert_close(first, own.grad / 3)  # the first doesn't move towards the others

@@ -36,10 +36,10 @@ class Losses(NamedTuple):
 class CostTarget:
     """Another objective plus a price on the mean cost of a batch above a target: ``max(0, cost - target)^2``.
 
-    With a range of targets every image of a batch aims at one of its own: a third at the lowest, a third at the
-    highest, a third between (the sandwich rule of slimmable networks, Yu & Huang, 2019). Each third has its price, and
-    there it is ``(cost - target)^2``: without a price on being too cheap, the larger budgets came to lie next to the
-    smaller ones.
+    With a range of targets every image passes three times, as copies in one batch: at the highest target, the lowest,
+    and one between (the sandwich rule of slimmable networks, Yu & Huang, 2019). Each copy has its price, and there it
+    is ``(cost - target)^2``: without a price on being too cheap, the larger budgets came to lie next to the smaller
+    ones. The loss is the mean of the three.
 
     The targets come down from 1, linearly, over the first updates, and the gates are noisy over the same time and
     longer: each image then meets the network with and without a block, and later blocks learn to do without.
@@ -90,35 +90,35 @@ class CostTarget:
             update: counts from 0; it seeds the noise, together with ``others``.
         """
         generator = np.random.default_rng((self.seed, update, *others))
-        passing = batch.passing
-        mask = batch.sample_mask[passing]
-        size = len(mask)
-        groups, targets = self._draw_targets(generator, size, update)
-        budgets = None if self.targets[0] == self.targets[1] else targets
+        mask = batch.sample_mask[batch.passing]
+        targets = self._draw_targets(generator, len(mask), update)
         noise, seed = self.noise_at(update), int(generator.integers(2**31))
-        with self.expected.recording(size, noise=noise, seed=seed, budgets=budgets) as costs:
-            losses = self.objective(model, batch, update, *others)
-        cost, skipped = costs()
-        price = torch.zeros_like(cost)
-        for group in range(int(groups.max()) + 1):
-            own = mask * (groups == group).to(cost)
-            above = ((cost - targets.to(cost)) * own).sum() / own.sum().clamp(min=1)
-            above = above if budgets is not None else above.clamp(min=0)
-            price = price + above.square() * (groups == group).to(cost)
-        mean = ((cost * mask).sum() / mask.sum().clamp(min=1)).detach()
-        shown = {"cost": cost.detach(), "skipped": 100 * skipped, "spread": (cost.detach() - mean).abs()}
-        shown = {name: _of_batch(value, batch) for name, value in shown.items()}
-        return Losses(losses.loss + self.weight * _of_batch(price, batch), {**losses.metrics, **shown})
+        budgets = targets.flatten() if self.is_range else None
+        copies = {"copies": len(targets)} if self.is_range else {}
+        with self.expected.recording(targets.numel(), noise=noise, seed=seed, budgets=budgets) as costs:
+            losses = self.objective(model, batch, update, *others, **copies)
+        cost, skipped = (values.view(targets.shape) for values in costs())
+        counted = mask.to(cost) / mask.sum().clamp(min=1)
+        above = ((cost - targets.to(cost)) * counted).sum(1)
+        price = (above if self.is_range else above.clamp(min=0)).square().mean()
+        spread = (cost - (cost * counted).sum(1, keepdim=True)).abs()
+        shown = {"cost": cost, "skipped": 100 * skipped, "spread": spread}
+        shown = {name: _of_batch(value.detach().mean(0), batch) for name, value in shown.items()}
+        price = _of_batch(price.expand(len(mask)), batch)
+        return Losses(losses.loss + self.weight * price, {**losses.metrics, **shown})
 
-    def _draw_targets(self, generator: np.random.Generator, size: int, update: int) -> tuple[Tensor, Tensor]:
-        """Give the group and the target of every image: (batch,) int64 and (batch,) float32."""
+    @property
+    def is_range(self) -> bool:
+        """Whether there is more than one target."""
+        return self.targets[0] != self.targets[1]
+
+    def _draw_targets(self, generator: np.random.Generator, size: int, update: int) -> Tensor:
+        """Give the targets of every image, the highest first: (copies, batch) float32."""
         low, high = self.targets_at(update)
-        if self.targets[0] == self.targets[1]:
-            return torch.zeros(size, dtype=torch.long), torch.full((size,), low)
-        groups = torch.from_numpy(generator.permutation(np.arange(size) % 3))
+        if not self.is_range:
+            return torch.full((1, size), low)
         between = torch.from_numpy(generator.uniform(low, high, size)).float()
-        targets = torch.where(groups == 0, low, torch.where(groups == 1, high, between))
-        return groups, targets
+        return torch.stack([torch.full((size,), high), torch.full((size,), low), between])
 
 
 def _of_batch(values: Tensor, batch: Any) -> Tensor:
@@ -169,11 +169,13 @@ class ClassificationObjective:
         several = labeling.task == "multilabel"
         self.criterion = loss_of_each(create_classification_loss(labeling.loss, multi_label=True)) if several else None
 
-    def __call__(self, model: nn.Module, batch: Batch, *entropy: int) -> Losses:
+    def __call__(self, model: nn.Module, batch: Batch, *entropy: int, copies: int = 1) -> Losses:
         """Compute the losses of a batch on the model's device.
 
         Args:
             entropy: update, number of the micro-batch, process: what mixup draws depends on them and the seed.
+            copies: how often every image passes, in one batch. The first learns from the teacher, the others from the
+                first (Yu & Huang, 2019), and the loss is the mean over them. Metrics are those of the first.
         """
         images, target = batch.images, self._smooth(batch.labels)
         if self.mixup is not None and self.mixup.mixup_enabled:
@@ -181,10 +183,15 @@ class ClassificationObjective:
                 images, target = self.mixup(images, target)
         elif self.labeling.loss == "bce" and target.ndim == 1:
             target = mixup_target(target, self.num_classes, smoothing=self.smoothing)
-        logits = model(images).float()
+        passing = images if copies == 1 else torch.cat([images] * copies)
+        logits, *others = model(passing).float().chunk(copies)
         loss = self._loss(logits, target)
         if self.teacher is not None:
-            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(images, logits)
+            loss = torch.lerp(loss, self._distillation(logits, self._ask_teacher(images)), self.distill_weight)
+        for of_copy in others:
+            learned = self._distillation(of_copy, logits.detach())
+            loss = loss + torch.lerp(self._loss(of_copy, target), learned, self.distill_weight)
+        loss = loss / copies
         if self.labeling.task == "multilabel":
             return Losses(loss, {})
         label = target.argmax(1) if target.ndim == 2 else target
@@ -207,11 +214,13 @@ class ClassificationObjective:
             return -(target * F.log_softmax(logits, 1)).sum(1)
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
 
-    def _distillation(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Compute the divergence of the student's distribution (or each class's own) from the teacher's; (batch,)."""
+    @torch.no_grad()
+    def _ask_teacher(self, images: Tensor) -> Tensor:
         assert self.teacher is not None
-        with torch.no_grad():
-            theirs = self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
+        return self.teacher(self.teacher.normalize_input(images, *(self.student_norm or (None, None)))).float()
+
+    def _distillation(self, logits: Tensor, theirs: Tensor) -> Tensor:
+        """Compute the divergence of the student's distribution (or each class's own) from the teacher's; (batch,)."""
         t = self.temperature
         if self.labeling.independent:
             shares = torch.sigmoid(theirs / t)
