@@ -19,6 +19,7 @@ from dg_timm.training.loop.optimization import BatchSplit
 from dg_timm.training.loop.report import Report, Row
 from dg_timm.training.loop.trainer import Trainer
 from dg_timm.training.run.build import build_optimization
+from dg_timm.training.run.memory import keep_freed_memory
 from dg_timm.training.run.recipes import FREE_OPTIONS, find_differences
 from dg_timm.training.run.task import Build, TrainingTask
 
@@ -211,6 +212,7 @@ def run_command(
                 trackers=args.report_to,
                 folder=Path(args.output) if args.output else None,
             )
+            keep_freed_memory(accelerator.device)
             work(accelerator, interrupt)
         except Interrupted as stopped:
             accelerator.print(f"{stopped}. Go on with:\n  {command_to_go_on(sys.argv, accelerator.num_processes)}")
