@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import tqdm
+
 import dg_timm
 from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
@@ -53,7 +55,8 @@ def calibrate_gates(
     budgets = check_budgets(args.budgets or sorted({*(known or _BUDGETS)}))
     kept = [batch.sample_mask > 0 for batch in batches]
     pairs = [(batch.images[own], batch.labels[own]) for batch, own in zip(batches, kept, strict=True)]
-    observed = {budget: observe_budget(model, pairs, budget) for budget in budgets}
+    progress = tqdm(budgets, desc="accuracy and cost", unit="budget", disable=None)
+    observed = {budget: observe_budget(model, pairs, budget) for budget in progress}
     points = [of_budget.summarize(budget) for budget, of_budget in observed.items()]
     points = time_points(model, points, pairs[0][0][:_TIMED_IMAGES])
     print(_table(points))

@@ -80,7 +80,7 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluate,
-        metric=AP if costs is None else value_of(AP),
+        metric=AP if costs is None else value_of(AP, args.target_cost),
         observe=lambda candidate: detector_statistics(candidate, sample),
         write_config=write_detector_config,
         export=export,

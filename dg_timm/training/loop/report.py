@@ -18,10 +18,19 @@ Row = dict[str, int | float | str]
 
 
 class Metric(NamedTuple):
-    """The figure that a run is to improve: its name in tables, and its title in words."""
+    """The figure that a run is to improve.
+
+    Attributes:
+        name: in tables.
+        title: in words.
+        pictured: name and title of what curves show in its place, or None.
+        costs: aimed at, which curves show as lines.
+    """
 
     name: str
     title: str
+    pictured: tuple[str, str] | None = None
+    costs: tuple[float, ...] = ()
 
 
 TOP1 = Metric("top1", "top-1 (%)")
@@ -107,30 +116,57 @@ class Report:
 
 
 def draw_curves(epochs: list[Row], updates: list[Row], file: Path, metric: Metric) -> None:
-    """Draw loss, metric and learning rate over the run as a PNG; nothing, if matplotlib is not installed."""
+    """Draw a run as a PNG: loss, metric, cost where the network is dynamic, and learning rate.
+
+    Draws nothing, if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    loss, quality, rate = figure.subplots(1, 3)
+    name, title = metric.pictured or (metric.name, metric.title)
+    priced = any("train_cost" in row for row in epochs)
+    panels = {"loss": "loss", name: title, "cost": "cost of an image (static network: 1)"}
+    panels = {key: title for key, title in panels.items() if _series(epochs, key)}
+    figure = Figure(figsize=(4 * len(panels) + 4, 3.2), layout="constrained")
+    *all_axes, rate = figure.subplots(1, len(panels) + 1)
     at = [row["update"] for row in updates]
-    loss.plot(at, [row["loss"] for row in updates], linewidth=0.8, color="0.7", label="training")
-    for name, axes in (("loss", loss), (metric.name, quality)):
-        for prefix in ("eval", "ema"):
-            points = [(r["updates"], r[f"{prefix}_{name}"]) for r in epochs if f"{prefix}_{name}" in r]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=prefix)
-    if epochs and f"train_{metric.name}" in epochs[0]:
-        points = [(r["updates"], r[f"train_{metric.name}"]) for r in epochs]
-        quality.plot(*zip(*points, strict=True), color="0.7", label="training")
-    rate.plot(at, [row["lr"] for row in updates], color="0.3")
-    for axes, title in ((loss, "loss"), (quality, metric.title), (rate, "learning rate")):
+    for axes, (key, title) in zip(all_axes, panels.items(), strict=True):
+        if key == "loss":
+            label = "training, with the price on cost" if priced else "training"
+            axes.plot(at, [row["loss"] for row in updates], linewidth=0.8, color="0.7", label=label)
+        elif any(f"train_{key}" in row for row in epochs):
+            axes.plot(*_points(epochs, f"train_{key}"), color="0.7", label="training")
+        for column, points in _series(epochs, key).items():
+            axes.plot(*points, "o-", markersize=3, label=column)
+        for cost in metric.costs if key == "cost" else ():
+            axes.axhline(cost, color="0.3", linewidth=0.8, linestyle=":")
         axes.set_title(title)
+        axes.legend()
+    rate.plot(at, [row["lr"] for row in updates], color="0.3")
+    rate.set_title("learning rate")
+    for axes in (*all_axes, rate):
         axes.set_xlabel("updates")
-    for axes in (loss, quality):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
     with atomic_path(file) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _series(epochs: list[Row], key: str) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Find a figure of the network and of its average, at every budget it was evaluated at, by what a legend says."""
+    columns = dict.fromkeys(column for row in epochs for column in row)
+    found = {}
+    for column in columns:
+        prefix, _, rest = column.partition("_")
+        name, _, budget = rest.partition("@")
+        if prefix in ("eval", "ema") and name == key:
+            said = "average" if prefix == "ema" else "evaluation"
+            found[f"{said}, budget {budget}" if budget else said] = _points(epochs, column)
+    if key in columns and not found:  # of the statistics of a graph
+        found["evaluation"] = _points(epochs, key)
+    return found
+
+
+def _points(epochs: list[Row], column: str) -> tuple[list[Any], list[Any]]:
+    points = [(row["updates"], row[column]) for row in epochs if column in row]
+    return [at for at, _ in points], [value for _, value in points]

@@ -75,7 +75,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         objective = with_cost_target(args, objective, network.model, config["input_size"], updates)
         accelerator.print(describe_gates(network.model, objective.expected.minimum))
     evaluation = _Evaluation(args, network, val_loader, accelerator)
-    output = _Output(args, network, splits, evaluation)
+    output, metric = _Output(args, network, splits, evaluation), evaluation.figures.metric
 
     def on_epoch(epoch: int) -> None:
         mixup = network.objective.mixup
@@ -89,7 +89,7 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluation.evaluate,
-        metric=evaluation.figures.metric if args.target_cost is None else value_of(evaluation.figures.metric),
+        metric=metric if args.target_cost is None else value_of(metric, args.target_cost),
         observe=evaluation.observe,
         write_config=output.write_config,
         export=output.export,

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.utils import tqdm
 from timm.data import create_transform
 from torch import Tensor, nn
 
@@ -162,14 +163,14 @@ def measure_curve(
         BadValue: for a batch size above the number of images.
     """
     rows: list[Row] = []
-    for threshold, model in models.items():
+    for threshold, model in tqdm(models.items(), desc="accuracy and cost", unit="threshold", disable=None):
         dg_timm.set_execution(model, "dense")
         top1, costs = predict(model, batches)
         dg_timm.set_execution(model, "sparse")
         mean, spread = costs.mean().item(), costs.std(unbiased=False).item()
         rows.append(dict(threshold=threshold, top1=round(top1, 3), cost=round(mean, 4), spread=round(spread, 4)))
     images = torch.cat([batch.images for batch in batches])
-    for size in time_batch:
+    for size in tqdm(time_batch, desc="times", unit="batch size", disable=None if time_batch else True):
         some = images[: max(_LEAST_TIMED, _TIMED_BATCHES * size)]
         if len(some) < size:
             raise BadValue(f"a batch of {size} can't be timed with {len(some)} images")

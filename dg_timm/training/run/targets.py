@@ -69,12 +69,13 @@ def describe_gates(model: nn.Module, minimum: float) -> str:
     )
 
 
-def value_of(metric: Metric) -> Metric:
+def value_of(metric: Metric, target_cost: Sequence[float]) -> Metric:
     """Make the figure that is to grow where a cost is aimed at: a network that is too dear is not the best.
 
     A point of the metric is worth a hundredth of the static network's cost.
     """
-    return Metric("value", f"{metric.title.removesuffix(' (%)')} (%) less 100 x (cost - target)")
+    title = f"{metric.title.removesuffix(' (%)')} (%) less 100 x (cost - target)"
+    return Metric("value", title, pictured=(metric.name, metric.title), costs=tuple(target_cost))
 
 
 def evaluate_targets(target_cost: Sequence[float], metric: Metric, evaluate: Callable[[], Row]) -> Row:
