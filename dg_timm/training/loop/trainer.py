@@ -70,6 +70,11 @@ class Trainer:
         self.report.resume(self.progress.evaluated, self.progress.update)
         return position
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last epoch is trained and evaluated."""
+        return self.progress.evaluated == self.progress.epoch >= self.config.epochs
+
     def run(self, position: Position | None = None) -> None:
         """Train to the end.
 

@@ -179,9 +179,11 @@ def run_training(
     position = None
     if start is not None:
         position = trainer.resume(start)
-        accelerator.print(
-            f"going on from {start}: epoch {trainer.progress.epoch + 1}, update {trainer.progress.update}"
-        )
+        progress = trainer.progress
+        if trainer.is_finished:
+            accelerator.print(f"{output} is finished: it had all of its {progress.epoch} epochs")
+        else:
+            accelerator.print(f"going on from {start}: epoch {progress.epoch + 1}, update {progress.update}")
     trainer.report.begin(vars(args), trackers=bool(args.report_to))
     try:
         trainer.run(position)
