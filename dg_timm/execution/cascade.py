@@ -95,7 +95,8 @@ def set_cascade(
         raise BadValue("a cascade runs over budgets of gates, and this network has none (gates=True)")
     if getattr(model, "num_classes", 0) < 2:
         raise BadValue(
-            "a cascade asks how sure a classifier of two classes or more is, and this model gives no such logits"
+            f"a cascade asks how sure a classifier of two classes or more is, and {type(model).__name__} is none; of a "
+            "wrapper, give the model inside (model.module)"
         )
     chosen = _check_budgets(budgets)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)):

@@ -1,15 +1,24 @@
 """Shards and tables of files: which split a file belongs to, and what is said of the rest."""
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
+import fsspec
 import pytest
 from PIL import Image
 
 from dg_timm._errors import BadValue
 from dg_timm.training.data.opening import open_source
 from dg_timm.training.data.sources import load_splits
-from tests.helpers.files import image_folder, png, shards
+from tests.helpers.files import DIGITS, image_folder, png, shards
+
+
+class QuietFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def write_parquet(file, rows=4):
@@ -151,3 +160,41 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub_alone(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(BadValue, match=r"m/nosuch is neither a file or folder here nor .* of the Hub .*offline"):
         load_splits("m/nosuch")
+
+
+def test_shards_in_object_storage_are_streamed_by_file(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for name, count in (("train", 3), ("val", 1)):
+        for file in sorted(shards(tmp_path / name, count=count, rows=4).glob("*.tar")):
+            memory.pipe(f"/bucket/{name}/{file.name}", file.read_bytes())
+    options = {"val_source": "memory://bucket/val/*.tar", "num_classes": 10}
+    found = load_splits("memory://bucket/train/train-*.tar", streaming=True, **options)
+    assert found.train.rows.num_shards == 3
+    assert len(list(found.train.rows)) == 12
+    assert [row["label"] for row in found.test.rows] == list(DIGITS.target[:4])
+
+
+def test_shards_of_a_web_server(tmp_path):
+    folder = shards(tmp_path / "train", count=1, rows=4)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietFiles, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/train-000.tar"
+        found = load_splits(address, streaming=True, val_source=str(folder), num_classes=10)
+        assert [row["label"] for row in found.train.rows] == list(DIGITS.target[:4])
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("memory://bucket/none-*.tar", "none-.* matches no file"),
+        ("memory://bucket/train", r"names no .parquet or .tar files: give e.g. s3://bucket/train-\*.tar"),
+        ("nosuch://bucket/a.tar", "nosuch://bucket/a.tar can't be read: .*nosuch"),
+        ("https://me:secret@host/a.tar", "given with a password or a query"),
+        ("https://host/a.tar?signature=secret", "given with a password or a query"),
+    ],
+)
+def test_addresses_that_can_not_be_used(source, message):
+    with pytest.raises(BadValue, match=message) as caught:
+        load_splits(source, streaming=True, num_classes=10)
+    assert "secret" not in str(caught.value)

@@ -5,8 +5,10 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import datasets
+import fsspec
 
 from dg_timm._errors import BadValue
 from dg_timm.training.data import file_lists
@@ -56,7 +58,7 @@ def open_source(
         opened = _open(source, streaming, cache_dir, asked, image_key)
     except BadValue:
         raise
-    except (ValueError, OSError) as error:  # of datasets, which does not always name the source
+    except (ValueError, OSError, ImportError) as error:  # of datasets, which does not always name the source
         raise BadValue(_explain(source, error)) from error
     usual = [name for name in (*TRAIN_SPLITS, *HELD_OUT_SPLITS) if name in opened.parts]
     parts = {name: opened.parts[name] for name in dict.fromkeys([*usual, *opened.parts])}
@@ -64,6 +66,8 @@ def open_source(
 
 
 def _explain(source: str, error: Exception) -> str:
+    if "://" in source:
+        return f"{source} can't be read: {error}"
     if not Path(source).expanduser().exists():
         return f"{source} is neither a file or folder here nor a data set of the Hub that can be read: {error}"
     return str(error) if source in str(error) else f"{source} can't be read: {error}"
@@ -81,6 +85,8 @@ def _open(
     if source == "digits":
         return Opened({"train": open_digits()}, [])
     options: dict[str, Any] = dict(streaming=streaming, cache_dir=None if cache_dir is None else str(cache_dir))
+    if "://" in source:
+        return Opened(_load_addresses(source, options), [])
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_folder(path, options, asked, image_key)
@@ -170,6 +176,26 @@ def _load_shards(suffix: str, parts: dict[str, Any], options: dict[str, Any]) ->
     for name, paths in parts.items():
         found |= datasets.load_dataset(_BUILDERS[suffix], data_files={name: _literal(paths)}, **options)
     return found
+
+
+def _load_addresses(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Load shards from object storage or a web server, by whatever fsspec has for the address.
+
+    Raises:
+        BadValue: for other files, and for an address with a secret: a run writes its options down.
+    """
+    address = urlsplit(source)
+    suffix = Path(address.path).suffix
+    if address.password or address.query:
+        raise BadValue(
+            f"{address.scheme}://{address.hostname}{address.path} is given with a password or a query, which would be "
+            "written into args.yaml: let the environment hold what gives access"
+        )
+    if suffix not in _BUILDERS:
+        raise BadValue(f"{source} names no .parquet or .tar files: give e.g. s3://bucket/train-*.tar")
+    if not fsspec.get_fs_token_paths(source)[2]:
+        raise BadValue(f"{source} matches no file")
+    return dict(datasets.load_dataset(_BUILDERS[suffix], data_files={"train": [source]}, **options))
 
 
 def _literal(paths: Iterable[Path]) -> list[str]:

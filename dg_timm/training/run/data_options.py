@@ -22,7 +22,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         help="data set: digits (scikit-learn's); a folder of images (a folder for each class, also below train, val, "
         "validation or test), of Parquet files, of webdataset shards, or saved by save_to_disk; a .parquet or .tar "
-        "file; a .csv of file names and labels; or a data set on the Hub; by default none, and one has to be named",
+        "file, also by its address (s3://bucket/train-*.tar); a .csv of file names and labels; or a data set on the "
+        "Hub; by default none, and one has to be named",
     )
     data.add_argument("--val-data", help="another data set to evaluate on; by default a split of --data")
     data.add_argument("--train-split", help="name of the split to train on; by default train")
