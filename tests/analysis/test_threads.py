@@ -13,8 +13,6 @@ from dg_timm.graph.context import request
 from dg_timm.graph.stage import graph_stages, routers
 from tests.helpers.networks import randomize, randomize_graph
 
-CALLS = 200
-
 
 @pytest.fixture
 def model():
@@ -68,7 +66,8 @@ def together(*works):
         raise errors[0]
 
 
-def test_threads_predict_in_sparse_execution_while_another_looks(model):
+@pytest.mark.parametrize("calls", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_threads_predict_in_sparse_execution_while_another_looks(model, calls):
     """The calls of three kinds, in turn, by one thread; two predict until it has made all of them."""
     dg_timm.set_execution(model, "sparse")
     images, asked = batches(10, seed=1), batches(6, seed=2)
@@ -94,7 +93,7 @@ def test_threads_predict_in_sparse_execution_while_another_looks(model):
 
     def look():
         try:
-            for call in range(CALLS):
+            for call in range(calls):
                 k = call % len(asked)
                 if call % 4 == 0:
                     assert torch.equal(dg_timm.cost(model, asked[k]), costs[k])

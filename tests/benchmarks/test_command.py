@@ -68,6 +68,7 @@ def test_a_process_that_can_not_measure_is_an_error_of_one_line(monkeypatch, cap
     assert re.fullmatch(r"error: no_such_model could not be measured: .*no_such_model.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_every_way_to_aggregate_is_a_row(tmp_path):
     out = tmp_path / "aggregation.json"
     assert benchmark("dg_resnet18", *SMALL, "--aggregation", "--json", out, "--plot", tmp_path / "bars.pdf") == 0
