@@ -74,14 +74,18 @@ def choose_cascade(
 
 
 def choose_among(
-    observed: Mapping[float, Observed], *, target_cost: float | None = None, max_drop: float | None = None
+    observed: Mapping[float, Observed],
+    *,
+    target_cost: float | None = None,
+    max_drop: float | None = None,
+    only_cascades: bool = False,
 ) -> BudgetChoice:
-    """As :func:`choose_cascade`, from what was observed at each budget."""
+    """As :func:`choose_cascade`, from what was observed at each budget; ``only_cascades`` leaves single ones out."""
     aim = check_aim(target_cost, max_drop)
     if any(len(of_budget.right) < len(of_budget.costs) for of_budget in observed.values()):
         raise BadValue("images without labels: give (images, labels) to choose by accuracy")
     ascending = dict(sorted(observed.items()))
-    choices = [*_single(ascending), *_cascades(ascending)]
+    choices = [*(() if only_cascades else _single(ascending)), *_cascades(ascending)]
     if target_cost is None:
         whole = next(choice.top1 for choice in choices if choice.budgets == (max(ascending),))
         return min((c for c in choices if c.top1 >= whole - aim - 1e-9), key=lambda choice: choice.cost)

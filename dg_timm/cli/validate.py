@@ -26,21 +26,19 @@ from timm.data import create_transform
 import dg_timm
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue
+from dg_timm.analysis.counting import count_costs
 from dg_timm.cli.errors import cli_errors
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.labeling import LOSSES, Labeling, labeling_of
-from dg_timm.training.data.loader import sample_images
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.distributed import HostAllReduce, make_accelerator
-from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
+from dg_timm.training.loop.evaluation import evaluate_model
 from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.run import data_options, networks
 from dg_timm.training.run.build_data import data_config_of, load_data, make_loader
 from dg_timm.training.run.classes import match_classes
 from dg_timm.training.run.option_types import KeyValues, flag, non_negative_float, positive_int
-
-COST_IMAGES = 64  # over which the mean cost is taken
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,7 +110,7 @@ def create_network(name: str, args: argparse.Namespace, labeling: Labeling | Non
 def validate_network(
     name: str, model: Any, splits: Splits, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Evaluate one network; return its figures, the same in every process but for ``cost``.
+    """Evaluate one network; return its figures, the same in every process.
 
     Raises:
         BadValue: for a network whose classes are not those of the data.
@@ -129,7 +127,10 @@ def validate_network(
     )
     start = time.perf_counter()
     figures = figures_of(labeling_of(model), model.num_classes)
-    result = evaluate_model(model, loader.epoch(0), accelerator, channels_last=args.channels_last, figures=figures)
+    costs = count_costs(model, data_config["input_size"]) if graph_stages(model) else None
+    result = evaluate_model(
+        model, loader.epoch(0), accelerator, channels_last=args.channels_last, figures=figures, costs=costs
+    )
     seconds = time.perf_counter() - start
     counts = dg_timm.complexity(model, data_config["input_size"])
     row: dict[str, Any] = dict(
@@ -144,8 +145,8 @@ def validate_network(
     skipped = int(HostAllReduce().sum(loader.skipped)[0])
     if skipped:
         row["skipped"] = skipped
-    if graph_stages(model) and accelerator.is_main_process:
-        row["cost"] = graph_statistics(model, sample_images(loader, COST_IMAGES).to(accelerator.device))["cost"]
+    if costs is not None:
+        row["cost"] = round(result.costs.mean().item(), 5)
     return row
 
 

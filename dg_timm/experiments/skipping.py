@@ -74,7 +74,7 @@ class Plan:
         return Trial("static", options, start.seed, {"initial-checkpoint": start, "distill": start})
 
     def gates(self, start: Trial, target: float) -> Trial:
-        options = self._options("imagenette_skip", f"dg_{self.model}", {"target-cost": target})
+        options = self._options("imagenette_skip", f"dg_{self.model}", {"target-cost": target, "no-cascade": True})
         return Trial(f"gates-{target:g}", options, start.seed, {"initial-checkpoint": start})
 
     def range(self, start: Trial) -> Trial:

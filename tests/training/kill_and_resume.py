@@ -132,7 +132,7 @@ def finish(output: Path, processes: int, script: str = "train.py") -> None:
     process = start(output, processes, script=script)
     if process.wait(300) != 0:
         raise SystemExit(f"resuming failed:\n{log_of(output)[-3000:]}")
-    said = (f"going on from {newest}:", f"{output} is finished:") if newest else ("starting afresh",)
+    said = (f"going on from {newest}:", f"{output} is trained already") if newest else ("starting afresh",)
     if not any(line in log_of(output)[before:] for line in said):
         raise SystemExit(f"it should have said {' or '.join(said)!r}:\n{log_of(output)[before:]}")
 

@@ -47,7 +47,7 @@ def test_nothing_is_paid_below_the_target_and_the_noise_goes():
 
 def test_of_a_range_every_image_passes_at_its_ends_and_between():
     model, images = gated_network()
-    images, size = images.repeat(12, 1, 1, 1), 12 * len(images)
+    images, size = images.repeat(2, 1, 1, 1), 2 * len(images)
     for gate in gates(model).values():
         gate.shift.data.fill_(-100.0)
     seen = []

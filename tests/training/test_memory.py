@@ -1,18 +1,17 @@
 """A training on the CPU keeps the memory that it frees. Counted in page faults, in processes of their own."""
 
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from dg_timm.training.run.memory import keep_freed_memory
+from tests.helpers.scripts import python
 
 FAULTS = """
 import resource, torch
 from dg_timm.training.run.memory import keep_freed_memory
+from tests.helpers.scripts import python
 print(keep_freed_memory(torch.device("{device}")))
 torch.ones(2**24); torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,9 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(device):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-c", FAULTS.format(device=device)]
-    kept, count = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    kept, count = python("-c", FAULTS.format(device=device)).stdout.split()
     return kept == "True", int(count)
 
 

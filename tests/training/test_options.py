@@ -127,7 +127,12 @@ EFFECTS = {
         "scale" in name for name in t.learner.network.state_dict()
     ),
     "--num-classes 12": lambda t, k: t.learner.network.num_classes == 12,
-    "--target-cost 0.5 --cost-ramp 0.5": lambda t, k: (k.objective.targets, k.objective.ramp) == ((0.5, 0.5), 132),
+    "--target-cost 0.5 --no-cascade --cost-ramp 0.5": lambda t, k: (k.objective.targets, k.objective.ramp) == (
+        (0.5, 0.5), 132
+    ),
+    "--target-cost 0.5 --cascade": lambda t, k: k.objective.targets == (
+        round((k.objective.expected.minimum + 0.5) / 2, 3), 1.0
+    ),
     "--target-cost 0.5 0.9 --cost-noise 2 --cost-quiet 1": lambda t, k: (
         k.objective.noise_at(0) == 2.0 and k.objective.noise_at(263) > 0 == k.objective.noise_at(264)
     ),

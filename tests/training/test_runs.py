@@ -178,6 +178,38 @@ def test_blocks_compile_where_a_cost_is_learned(tmp_path):
     )
 
 
+def test_a_converted_network_ends_as_a_cascade_of_the_cost_aimed_at(tmp_path):
+    """One cost is all that a user types; what is saved runs the unsure images again, and says what it does."""
+    static = timm.create_model("test_resnet", num_classes=10)
+    save_file(static.state_dict(), tmp_path / "static.safetensors")
+    options = ("--model", "dg_test_resnet", *TINY, "--initial-checkpoint", tmp_path / "static.safetensors",
+               "--target-cost", 0.8, "--cost-ramp", 0.2, "--gate-lr-scale", 100,
+               "--opt", "adamw", "--lr", 1e-3, "--train-limit", 320, "--epochs", 3,
+               "--output", tmp_path / "run")  # fmt: skip
+    process = train(*options)
+    assert process.returncode == 0, process.stderr
+    line = process.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(
+        r"cost aimed at: 0.8 \(it costs (\S+)\) reached, by a cascade: budgets (\S+) and 1, (\w+) below (\S+) runs "
+        r"again, cost \S+; top-1 (\S+) % of the (\d+) images that it was chosen on", line
+    )  # fmt: skip
+    assert found, line
+    assert float(found[1]) <= 0.8
+    folder = tmp_path / "run" / "model"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    cascade = config["model_args"]["cascade"]
+    assert (f"{cascade['budgets'][0]:g}", cascade["budgets"][1], cascade["certainty"]) == (found[2], 1.0, found[3])
+    assert f"budgets {found[2]} and 1, " in (folder / "README.md").read_text(encoding="utf-8")
+    judged = json.loads(validate(folder, "--batch-size", 32).stdout)
+    assert judged["top1"] == pytest.approx(float(found[5]), abs=0.006)
+    assert judged["cost"] == pytest.approx(float(found[1]), abs=6e-4)
+    weights = (folder / "model.safetensors").read_bytes()
+    again = train(*options, "--resume", "auto")  # finished: nothing learns, and the same cascade is chosen
+    assert again.stdout.strip().splitlines()[-1] == line, again.stderr
+    assert f"{tmp_path / 'run'} is trained already" in again.stdout
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 def test_a_gray_image_has_one_channel(tmp_path):
     """The stem, the preprocessing and the saved model agree on it."""
     output = tmp_path / "r"
@@ -213,7 +245,8 @@ def test_training_towards_a_cost(tmp_path):
     static = timm.create_model("test_resnet", num_classes=10)
     save_file(static.state_dict(), tmp_path / "static.safetensors")
     process = train("--model", "dg_test_resnet", *TINY, "--initial-checkpoint", tmp_path / "static.safetensors",
-                    "--target-cost", 0.7, "--cost-weight", 100, "--cost-ramp", 0.2, "--gate-lr-scale", 100,
+                    "--target-cost", 0.7, "--no-cascade", "--cost-weight", 100, "--cost-ramp", 0.2,
+                    "--gate-lr-scale", 100,
                     "--opt", "adamw", "--lr", 1e-3, "--train-limit", 320, "--epochs", 6,
                     "--output", tmp_path / "run")  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dg_timm.graph.stage import graph_stages
 from dg_timm.training.loop.objective import CostTarget
 from dg_timm.training.loop.optimization import BatchSplit
 from dg_timm.training.loop.report import Row
-from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
+from dg_timm.training.run.targets import Aim, conclude, describe_gates, evaluate_targets, value_of, with_cost_target
 from dg_timm.training.run.task import TrainingTask
 
 _GRAPH_IMAGES = 8  # over which the statistics of the graph are averaged after every epoch
@@ -46,7 +45,7 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
     rows = val_loader.sample_rows(_GRAPH_IMAGES) if observes else []
     sample = [row[0].to(accelerator.device) for row in rows]
     updates_per_epoch = splits.train.size // split.images
-    objective = _make_objective(args, detector, updates_per_epoch, accelerator)
+    objective, aim = _make_objective(args, detector, updates_per_epoch, accelerator)
     costs = objective.expected.costs if isinstance(objective, CostTarget) else None
     found: dict[nn.Module, tuple[APResult, list[Detections]]] = {}  # of the last evaluation, by network
 
@@ -57,7 +56,7 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
             )
             return dict(found[candidate][0].overall)
 
-        return judge() if costs is None else evaluate_targets(args.target_cost, AP, judge)
+        return judge() if aim is None else evaluate_targets(aim, AP, judge)
 
     def export(best: nn.Module, row: Row, epochs: int, average: bool) -> None:
         save_detector(best, Path(args.output) / "model")
@@ -80,25 +79,25 @@ def build_detection_task(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluate,
-        metric=AP if costs is None else value_of(AP, args.target_cost),
+        metric=AP if aim is None else value_of(AP, aim),
         observe=lambda candidate: detector_statistics(candidate, sample),
         write_config=write_detector_config,
         export=export,
-        conclude=partial(conclude, args.target_cost),
+        conclude=lambda row, epochs: conclude(aim, row),
         images=f"{splits.train.size} images, {splits.train.boxes} boxes of {len(splits.categories.names)} classes",
     )
 
 
 def _make_objective(
     args: argparse.Namespace, detector: Any, updates_per_epoch: int, accelerator: Accelerator
-) -> DetectionObjective | CostTarget:
+) -> tuple[DetectionObjective | CostTarget, Aim | None]:
     """Make the detector's own loss; with a target, with a price on the cost of the backbone."""
     objective = DetectionObjective(args.seed)
     if args.target_cost is None:
-        return objective
+        return objective, None
     if len(args.target_cost) > 1:
         raise BadValue("--target-cost takes one cost for a detector; a range of budgets is for classifiers")
     body, size = detector.backbone.body, (3, args.min_size[-1], args.min_size[-1])
-    priced = with_cost_target(args, objective, body, size, args.updates or args.epochs * updates_per_epoch)
+    priced, aim = with_cost_target(args, objective, body, size, args.updates or args.epochs * updates_per_epoch)
     accelerator.print(f"backbone: {describe_gates(body, priced.expected.minimum)}")
-    return priced
+    return priced, aim

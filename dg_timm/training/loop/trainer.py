@@ -71,9 +71,9 @@ class Trainer:
         return position
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the last epoch is trained and evaluated."""
-        return self.progress.evaluated == self.progress.epoch >= self.config.epochs
+    def is_trained(self) -> bool:
+        """Whether nothing is left to train; a checkpoint of the last epoch is evaluated once more."""
+        return self.progress.epoch >= self.config.epochs
 
     def run(self, position: Position | None = None) -> None:
         """Train to the end.

@@ -31,6 +31,8 @@ class Network(NamedTuple):
         learning: names of the parameters that are not frozen.
         random: whether no weights were loaded.
         new_classifier: whether the classifier is random.
+        is_conversion: whether it starts as the identity conversion of a trained static network; seen where a cost is
+            aimed at.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Network(NamedTuple):
     learning: list[str]
     random: bool
     new_classifier: bool = False
+    is_conversion: bool = False
 
 
 def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accelerator) -> Network:
@@ -63,18 +66,20 @@ def build_network(args: argparse.Namespace, num_classes: int, accelerator: Accel
     fixed = args.fix_thresholds or args.target_cost is not None  # gates move weights, not thresholds
     learning = fine_tuning.freeze(model, args.freeze, not loaded, thresholds=fixed)
     data_config = data_config_of(model, args)
-    teacher = _build_teacher(args, model, not loaded, accelerator)
+    random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
+    is_conversion = args.target_cost is not None and not random and is_identity(model)
+    teacher = _build_teacher(args, model, not loaded, is_conversion, accelerator)
     objective = _build_objective(args, num_classes, data_config, teacher, accelerator)
     model.labeling = objective.labeling
-    random = not (args.pretrained or args.initial_checkpoint or networks.implies_pretrained(args.model))
-    return Network(_lay_out(model, args, accelerator), objective, data_config, learning, random, not loaded)
+    laid_out = _lay_out(model, args, accelerator)
+    return Network(laid_out, objective, data_config, learning, random, not loaded, is_conversion)
 
 
 def _build_teacher(
-    args: argparse.Namespace, student: Any, fresh: bool, accelerator: Accelerator
+    args: argparse.Namespace, student: Any, fresh: bool, is_conversion: bool, accelerator: Accelerator
 ) -> DistillationTeacher | None:
     name = args.distill
-    if name is None and args.target_cost is not None and not fresh and is_identity(student):
+    if name is None and is_conversion and not fresh:
         name = "static"  # what a network that learns to skip is measured by
     if name in (None, "none"):
         return None

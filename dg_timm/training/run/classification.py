@@ -2,47 +2,47 @@
 
 import argparse
 import contextlib
-import itertools
 import re
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from dg_timm._errors import BadValue
 from dg_timm._hardware import describe_hardware
 from dg_timm._version import __version__
-from dg_timm.analysis.counting import Costs, count_costs
-from dg_timm.budget.curve import keep_curve, measure_budgets
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Accuracy, Card
 from dg_timm.hub.config import write_config
-from dg_timm.training.data.loader import Loader, sample_images
 from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
-from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
-from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.loop.objective import Losses
 from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
-from dg_timm.training.loop.report import TOP1, Metric, Row
+from dg_timm.training.loop.report import Metric, Row
 from dg_timm.training.run.build import Network, build_network
 from dg_timm.training.run.build_data import epochs_of, load_data, make_loader, make_transforms
 from dg_timm.training.run.classes import names_to_train
 from dg_timm.training.run.data_options import labeling_of_options
 from dg_timm.training.run.fine_tuning import save_model
-from dg_timm.training.run.networks import read_config
-from dg_timm.training.run.targets import conclude, describe_gates, evaluate_targets, value_of, with_cost_target
+from dg_timm.training.run.held_out import HeldOut
+from dg_timm.training.run.networks import create, read_config
+from dg_timm.training.run.targets import (
+    conclude,
+    conclude_cascade,
+    describe_cascade,
+    describe_gates,
+    prefix_of,
+    value_of,
+    with_cost_target,
+)
 from dg_timm.training.run.task import TrainingTask
 
 VAL_BATCH = 64  # not that of training, which depends on the processes: rounding would, too
-CURVE_POINTS, CURVE_IMAGES = 6, 512  # of the curve of budgets that is saved with a network
-GRAPH_IMAGES = 64  # over which the graph's statistics are averaged each epoch
 
 
 def build_classification(args: argparse.Namespace, accelerator: Accelerator, split: BatchSplit) -> TrainingTask:
@@ -70,11 +70,15 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     val_batch = args.val_batch_size or VAL_BATCH
     val_loader = make_loader(splits.test, args, transforms[1], names, val_batch, accelerator, config, training=False)
     objective: Callable[..., Losses] = network.objective
+    aim = None
     if args.target_cost is not None:
         updates = args.updates or args.epochs * updates_per_epoch
-        objective = with_cost_target(args, objective, network.model, config["input_size"], updates)
-        accelerator.print(describe_gates(network.model, objective.expected.minimum))
-    evaluation = _Evaluation(args, network, val_loader, accelerator)
+        wanted = network.is_conversion if args.cascade is None else args.cascade
+        cascades = wanted and network.objective.labeling.task == "single" and num_classes > 1
+        priced, aim = with_cost_target(args, objective, network.model, config["input_size"], updates, cascades=cascades)
+        accelerator.print(describe_gates(network.model, priced.expected.minimum))
+        objective = priced
+    evaluation = HeldOut(args, network, val_loader, accelerator, aim)
     output, metric = _Output(args, network, splits, evaluation), evaluation.figures.metric
 
     def on_epoch(epoch: int) -> None:
@@ -89,12 +93,12 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         val_loader=val_loader,
         updates_per_epoch=updates_per_epoch,
         evaluate=evaluation.evaluate,
-        metric=metric if args.target_cost is None else value_of(metric, args.target_cost),
+        metric=metric if aim is None else value_of(metric, aim),
         observe=evaluation.observe,
         write_config=output.write_config,
         export=output.export,
         images=f"{rows} images, {num_classes} classes",
-        conclude=partial(conclude, args.target_cost),
+        conclude=output.conclude,
         on_epoch=on_epoch,
         fixed_norms=args.freeze_norm,
     )
@@ -138,75 +142,10 @@ def _count_rows(args: argparse.Namespace, splits: Splits) -> int:
     return int(rows)
 
 
-class _Evaluation:
-    """The figures of a network on the held-out images: accuracy, cost where one is aimed at, and the graph's."""
-
-    def __init__(
-        self, args: argparse.Namespace, network: Network, val_loader: Loader, accelerator: Accelerator
-    ) -> None:
-        self.args, self.val_loader, self.accelerator = args, val_loader, accelerator
-        self.num_classes = network.objective.num_classes
-        self.figures = figures_of(network.objective.labeling, self.num_classes)
-        self.costs: Costs | None = None
-        if args.target_cost is not None:
-            self.costs = count_costs(network.model, network.data_config["input_size"])
-        self.sample: Tensor | None = None
-        if graph_stages(network.model) and accelerator.is_main_process:
-            self.sample = sample_images(val_loader, GRAPH_IMAGES).to(accelerator.device)
-
-    def evaluate(self, candidate: nn.Module, stopping: Callable[[], bool]) -> Row:
-        """Evaluate on all held-out images."""
-        if self.costs is None:
-            return self._evaluate(candidate, stopping, None)
-        evaluate = partial(self._evaluate, candidate, stopping, self.costs)
-        return evaluate_targets(self.args.target_cost, self.figures.metric, evaluate)
-
-    def _evaluate(self, candidate: nn.Module, stopping: Callable[[], bool], costs: Costs | None) -> Row:
-        result = evaluate_model(
-            candidate,
-            self.val_loader.epoch(0),
-            self.accelerator,
-            channels_last=self.args.channels_last,
-            costs=costs,
-            stop=stopping,
-            figures=self.figures,
-        )
-        row: Row = {key: value for key, value in result.figures.items() if key != "top5" or self.num_classes > 5}
-        if costs is not None:
-            spread = result.costs.std(unbiased=False).item()
-            row |= {
-                "cost": result.costs.mean().item(),
-                "spread": spread,
-                "skipped": 100 * result.skipped.mean().item(),
-            }
-        return row
-
-    def keep_curve(self, best: nn.Module) -> None:
-        """Measure what a network that was trained for a range does at budgets from end to end, and keep it."""
-        targets = self.args.target_cost or [1.0]
-        if targets[0] == targets[-1]:
-            return
-        budgets = torch.linspace(targets[0], targets[-1], CURVE_POINTS).tolist()
-        layout = torch.channels_last if self.args.channels_last else torch.contiguous_format
-        some = itertools.islice(self.val_loader.epoch(0), -(-CURVE_IMAGES // self.val_loader.sampler.batch_size))
-        moved = [batch.move_to(self.accelerator.device, layout) for batch in some]
-        counted = [batch.sample_mask > 0 for batch in moved]
-        single = self.figures.metric is TOP1
-        pairs = [
-            (batch.images[own], batch.labels[own] if single else None)
-            for batch, own in zip(moved, counted, strict=True)
-        ]
-        keep_curve(best, measure_budgets(best, pairs, budgets))
-
-    def observe(self, candidate: nn.Module) -> Row:
-        """Describe the graph on some of the images."""
-        return graph_statistics(candidate, self.sample) if self.sample is not None else {}
-
-
 class _Output:
     """What a run writes of its network, with the names of its classes."""
 
-    def __init__(self, args: argparse.Namespace, network: Network, splits: Splits, evaluation: _Evaluation) -> None:
+    def __init__(self, args: argparse.Namespace, network: Network, splits: Splits, evaluation: HeldOut) -> None:
         self.args, self.network, self.images, self.evaluation = args, network, splits.test.size, evaluation
         complete = network.objective.num_classes == len(splits.label_names)
         self.label_names = splits.label_names if complete else None
@@ -220,14 +159,32 @@ class _Output:
     def export(self, best: nn.Module, row: Row, epochs: int, average: bool) -> None:
         """Write the best network in Hub layout."""
         self.evaluation.keep_curve(best)
+        self._save(best, row, epochs, average, {})
+
+    def conclude(self, row: Row, epochs: int) -> str | None:
+        """Say whether the costs that were aimed at were reached; of a cascade, choose and save it first."""
+        aim, evaluation = self.evaluation.aim, self.evaluation
+        if aim is None or aim.cascade is None or not evaluation.accelerator.is_main_process:
+            return conclude(aim, row)
+        best = create(str(Path(self.args.output) / "model")).eval().to(evaluation.accelerator.device)
+        try:
+            choice, images = evaluation.choose_cascade(best)
+        except BadValue as error:
+            return f"cost aimed at: {aim.cascade:g} NOT reached: {error}"
+        prefix, line = prefix_of(row), describe_cascade(choice)
+        made = {"Cascade": f"{line}, chosen on the images that it is judged on"}
+        self._save(best, row | {f"{prefix}_top1": choice.top1}, epochs, prefix == "ema", made)
+        return conclude_cascade(aim, choice, images)
+
+    def _save(self, best: nn.Module, row: Row, epochs: int, average: bool, made: dict[str, str]) -> None:
+        metric = self.evaluation.figures.metric
+        card = make_card(self.args, row, epochs, self.network.random, average, self.images, metric)
         save_model(
             best,
             Path(self.args.output) / "model",
             label_names=self.label_names,
             data_config=self.network.data_config,
-            card=make_card(
-                self.args, row, epochs, self.network.random, average, self.images, self.evaluation.figures.metric
-            ),
+            card=replace(card, made={**card.made, **made}),
         )
 
 

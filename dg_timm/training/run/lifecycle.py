@@ -180,8 +180,8 @@ def run_training(
     if start is not None:
         position = trainer.resume(start)
         progress = trainer.progress
-        if trainer.is_finished:
-            accelerator.print(f"{output} is finished: it had all of its {progress.epoch} epochs")
+        if trainer.is_trained:
+            accelerator.print(f"{output} is trained already, for {progress.epoch} epochs: it is evaluated again")
         else:
             accelerator.print(f"going on from {start}: epoch {progress.epoch + 1}, update {progress.update}")
     trainer.report.begin(vars(args), trackers=bool(args.report_to))
@@ -192,7 +192,7 @@ def run_training(
     best = trainer.progress.best
     accelerator.print(f"best: {task.metric.title} {best.metric:.2f} in epoch {best.epoch}; {output / 'model'} holds it")
     rows = {int(row["epoch"]): row for row in trainer.report.epochs}
-    conclusion = task.conclude(rows[best.epoch]) if best.epoch in rows else None
+    conclusion = task.conclude(rows[best.epoch], trainer.config.epochs) if best.epoch in rows else None
     if conclusion is not None:
         accelerator.print(conclusion)
 

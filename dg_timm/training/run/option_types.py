@@ -16,7 +16,7 @@ class OptionGroup(Protocol):
         ...
 
 
-def flag(group: OptionGroup, name: str, default: bool, help: str) -> None:
+def flag(group: OptionGroup, name: str, default: bool | None, help: str) -> None:
     """Add ``--name`` and ``--no-name``."""
     action = group.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
     action.help = help  # set afterwards: Python below 3.13 would add the default to it, as the formatter does

@@ -58,7 +58,7 @@ def parse_with_recipe(
 
 
 # Of a price on cost, which has none without a target.
-_OF_TARGET = ("cost_weight", "cost_ramp", "cost_noise", "cost_quiet")
+_OF_TARGET = ("cost_weight", "cost_ramp", "cost_noise", "cost_quiet", "cascade", "no_cascade")
 
 
 def _require_target(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Collection[str]) -> None:

@@ -32,7 +32,7 @@ class TrainingTask:
         export: (network, row of the summary, epochs of the run, whether it is the average of the weights): writes the
             best network so far, in the main process.
         images: the data in words, e.g. ``1437 images, 10 classes``.
-        conclude: (row of the summary, of the best epoch) -> a line for the end of the run, or None.
+        conclude: (row of the summary, of the best epoch; epochs of the run) -> a line for the end of the run, or None.
         on_epoch: (epoch), is called before each.
         fixed_norms: leave all norm statistics as they are.
     """
@@ -48,7 +48,7 @@ class TrainingTask:
     write_config: Callable[[nn.Module, Path], object]
     export: Callable[[nn.Module, Row, int, bool], None]
     images: str
-    conclude: Callable[[Row], str | None] = lambda row: None
+    conclude: Callable[[Row, int], str | None] = lambda row, epochs: None
     on_epoch: Callable[[int], None] = lambda epoch: None
     fixed_norms: bool = False
 

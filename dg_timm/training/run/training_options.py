@@ -218,6 +218,14 @@ def add_objective_options(parser: argparse.ArgumentParser) -> None:
         loss, "--fix-thresholds", False, "leave the thresholds of the graph as they are; a fresh network closes no edge"
     )
     add_cost_options(loss)
+    flag(
+        loss,
+        "--cascade",
+        None,
+        "with one --target-cost and classes that exclude each other: learn a range of budgets up to 1, and run the "
+        "images that the network is unsure of a second time, so that the mean cost is the target; by default where a "
+        "trained static network was converted. --no-cascade learns the target alone",
+    )
 
 
 def add_cost_options(loss: OptionGroup) -> None:
