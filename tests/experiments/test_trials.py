@@ -9,6 +9,7 @@ from dg_timm.experiments import ablation, budgets, finetuning, randwire_cost
 from dg_timm.experiments.curves import DEEPEST, DYNAMIC, NAMES
 from dg_timm.experiments.options import make_parser, parse
 from dg_timm.experiments.runner import run_trials
+from dg_timm.experiments.skipping import Plan
 from dg_timm.experiments.trial import Trial, option_text, option_words
 from tests.helpers.scripts import ROOT, rows
 
@@ -91,6 +92,13 @@ def collect(trials: list[Trial], folder: Path, *more: str) -> int:
 )
 def test_the_results_of_this_repository_are_those_of_today_s_options_and_recipes(trials, folder, count):
     assert collect(trials, RESULTS / folder) == count == len(trials)
+
+
+def test_the_results_of_skipping_are_those_of_today_s_options_and_recipes():
+    plan = Plan("tf_efficientnet_lite0", Path("model.safetensors"), {})
+    start = plan.start(0)
+    trials = [start, plan.longer(start), plan.range(start)]
+    assert collect(trials, RESULTS / "skipping", "--data", "imagenette") == len(trials)
 
 
 def test_the_tables_of_this_repository_are_made_of_its_results(tmp_path):
