@@ -9,7 +9,8 @@
 
 A model is a name of timm's or of the zoo, with the execution after a colon (``dg_resnet50:sparse``; dense without). The
 static network of every dynamic one takes part, and ratios are against it. A round runs every model once, in an order
-that turns round every time. The table has medians, the median of the rounds' ratios, and the quartiles of these.
+that turns round every time. The table has medians, the median of the rounds' ratios, and the quartiles of these (25 and
+75 %).
 
 Every network is checked before it is timed. An identity conversion must predict, bit for bit (float32), what its static
 network predicts. With the weights that are timed it must predict what the reference formulas give. Compiled, in half

@@ -40,8 +40,8 @@ from dg_timm.training.run.option_types import fraction, positive_int
 TABLE_2 = {"resnet50": (174, 176), "resnet101": (333, 335), "resnext50_32x4d": (181, 183)}
 _PAPER_SIZE = [800, 1333]
 _FLOPS = ("backbone", "static GFLOPs", "paper", "off", "DG GFLOPs", "paper", "off")
-_TIMES = {"backbone": "backbone", "execution": "execution", "ms an image": "ms", "ratio": "ratio", "quartile": "low",
-          "to": "high"}  # fmt: skip
+_TIMES = {"backbone": "backbone", "execution": "execution", "ms an image": "ms", "ratio": "ratio", "25 %": "low",
+          "75 %": "high"}  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

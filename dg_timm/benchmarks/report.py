@@ -18,14 +18,14 @@ Columns = dict[str, str]  # heading -> key
 _SETTING: Columns = {"mode": "mode", "batch": "batch_size", "px": "image_size", "layout": "layout", "dtype": "dtype"}
 LINE = ("model", *_SETTING.values())  # rows that differ in nothing else lie on one line
 TIMES: Columns = {
-    "model": "model", **_SETTING, "static ms": "static_ms", "ms": "dynamic_ms", "ratio": "ratio", "quartile": "low",
-    "to": "high", "multiply-adds": "cost", "limit": "limit",
+    "model": "model", **_SETTING, "static ms": "static_ms", "ms": "dynamic_ms", "ratio": "ratio", "25 %": "low",
+    "75 %": "high", "multiply-adds": "cost", "limit": "limit",
 }  # fmt: skip
 MEMORY: Columns = {"model": "model", **_SETTING, "before MiB": "before_mib", "peak MiB": "peak_mib", "ratio": "ratio"}
 AGGREGATION: Columns = {
     "way": "way", "maps": "shape", "in-degree": "in_degree", "layout": "layout", "dtype": "dtype",
     "MiB a map": "map_mib", "ms": "ms", "GB/s": "gb_s", "copy GB/s": "copy_gb_s", "share": "share",
-    "quartile": "low", "to": "high",
+    "25 %": "low", "75 %": "high",
 }  # fmt: skip
 FITS: Columns = {
     "model": "model", **_SETTING, "points": "points", "time at cost 0": "intercept",
