@@ -145,6 +145,27 @@ def find_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[
     return found
 
 
+def find_sharded(module: nn.Module) -> nn.Module | None:
+    """A module inside, not the module itself, that FSDP2 shards over several processes; None if there is none."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return None
+    return next((inside for inside in module.modules() if inside is not module and isinstance(inside, kind)), None)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The functions that are called before or after a module's forward, backward, and loading; none, if unknown."""
+    own = module.__dict__.items()
+    return [
+        hook
+        for name, hooks in own
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+        for hook in hooks.values()
+        if callable(hook)
+    ]
+
+
 def remove_hooks(module: nn.Module) -> None:
     """Take every hook on a forward pass, what was compiled, and a ``forward`` that was put on the instance, off it."""
     own = module.__dict__

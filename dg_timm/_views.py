@@ -105,6 +105,7 @@ def _copy_structure(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn
     for module in model.modules():
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
         memo |= {id(tensor): replace(tensor) for tensor in own if isinstance(tensor, Tensor)}
+        memo |= {id(hook): hook for hook in _compat.hooks_of(module)}  # whose owners may be anything
     return copy.deepcopy(model, memo)
 
 

@@ -31,6 +31,8 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     Raises:
         BadValue: if there is none, and the message says what was looked for; or if the model can't be run.
     """
+    # accelerate's offloading puts a forward on modules, which runs theirs
+    own_forward = {name for name, m in model.named_modules() if "forward" in vars(m) and not hasattr(m, "_hf_hook")}
     try:
         model, calls = _record_calls(model)
     except Exception as error:
@@ -38,9 +40,13 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
             f"{type(model).__name__} can't be run on a batch of images to find its stages: {error}"
         ) from error
     modules = dict(model.named_modules())
-    containers = [name for name, module in modules.items() if name and _is_run_of_blocks(module, calls)]
+    containers = [
+        name
+        for name, module in modules.items()
+        if name and name not in own_forward and _is_run_of_blocks(module, calls)
+    ]
     innermost = [name for name in containers if not any(other.startswith(f"{name}.") for other in containers)]
-    plans = [plan for name in innermost if (plan := _plan(name, modules[name], calls)) is not None]
+    plans = [plan for name in innermost if (plan := _plan(name, modules[name], calls, own_forward)) is not None]
     if not plans:
         raise BadValue(
             f"{type(model).__name__} has no stage that can become a graph. Looked for: a container that hands its "
@@ -102,8 +108,13 @@ def _is_channels_first(block: nn.Module, call: RecordedCall) -> bool:
     return {call.source.shape[1], call.result.shape[1]} <= channels
 
 
-def _plan(name: str, container: nn.Module, calls: dict[nn.Module, RecordedCall]) -> StagePlan | None:
-    """Split the children into entry blocks and nodes; None if nothing is left to be a node."""
+def _plan(
+    name: str, container: nn.Module, calls: dict[nn.Module, RecordedCall], own_forward: set[str]
+) -> StagePlan | None:
+    """Split the children into entry blocks and nodes; None if nothing is left to be a node.
+
+    A block of the names ``own_forward`` has a forward that was put on the instance. It is called, and not taken apart.
+    """
     names = [child for child, _ in container.named_children()]
     blocks = [block for _, block in container.named_children()]
     changes = [k for k, b in enumerate(blocks) if calls[b].source.shape != calls[b].result.shape]
@@ -111,9 +122,10 @@ def _plan(name: str, container: nn.Module, calls: dict[nn.Module, RecordedCall])
     input_node: InputNode = "input"
     if changes:
         first = changes[-1]
-        if first == 0 and has_shortcut_projection(blocks[0]):
+        is_plain = f"{name}.{names[first]}" not in own_forward
+        if first == 0 and is_plain and has_shortcut_projection(blocks[0]):
             input_node = "shortcut"
-        elif type(blocks[first]) in WITHOUT_SHORTCUT:
+        elif is_plain and type(blocks[first]) in WITHOUT_SHORTCUT:
             input_node = "projection"
         else:
             first += 1  # any other family: the last block that changes the shape is the stage's entry

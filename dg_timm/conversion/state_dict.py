@@ -34,7 +34,8 @@ def is_identity(model: nn.Module) -> bool:
     """Say whether every stage is the static one: the chain at weight 1 and open, every other edge at 0, no gate closes.
 
     Learned thresholds count, and a threshold that :func:`dg_timm.set_threshold` put in force; so do blocks that were
-    left out, and edges that fixed execution leaves out. A router whose layer was replaced is none of an identity.
+    left out, and edges that fixed execution leaves out. A router whose layer was replaced is none of an identity. What
+    blocks compute, and hooks, are not looked at: it is the graph that is an identity, whatever its blocks are.
 
     Raises:
         BadState: if the model has no numbers (it is on the meta device).

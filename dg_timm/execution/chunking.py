@@ -10,6 +10,7 @@ shape that comes again, on random maps, for this machine's algorithms. Sparse ex
 
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,16 @@ from dg_timm.graph.stage import DGStage
 CHUNK_BYTES_PER_THREAD = 6 * 2**20
 MIN_IMAGES = 2  # a single image takes other algorithms of some convolutions
 
-# Of each stage, the settings met so far: False at first sight, then whether chunks give the same bits.
-_known: "weakref.WeakKeyDictionary[DGStage, dict[tuple[object, ...], bool | None]]" = weakref.WeakKeyDictionary()
+
+class _Finding(NamedTuple):
+    """Whether chunks give the same bits (None at first sight), and the modules of which that was found."""
+
+    is_exact: bool | None
+    modules: list[weakref.ref[nn.Module]]
+
+
+# Of each stage, the settings met so far.
+_known: "weakref.WeakKeyDictionary[DGStage, dict[tuple[object, ...], _Finding]]" = weakref.WeakKeyDictionary()
 _MAX_SETTINGS = 64  # of a stage; a model that sees more shapes than these is not chunked for the others
 
 
@@ -61,19 +70,26 @@ def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks:
     The first call for a shape says no, so that a shape that never comes again costs nothing; the second one finds out.
     """
     known = _known.setdefault(stage, {})
-    setting = (x.shape, x.stride(), x.dtype, chunks, *_algorithms(), *map(id, stage.children()))
-    if setting not in known:
-        if len(known) < _MAX_SETTINGS:
-            known[setting] = None
+    setting = (x.shape, x.stride(), x.dtype, chunks, *_algorithms())
+    modules = list(stage.modules())
+    if not all(map(_is_known, modules)):
         return False
-    found = known[setting]
-    if found is None and not all(_is_known(module) for module in stage.modules()):
-        found = known[setting] = False
-    if found is None:
+    finding = known.get(setting)
+    if finding is None and len(known) == _MAX_SETTINGS:
+        return False
+    if finding is None or not _are_same(finding.modules, modules):  # any may be replaced, also inside of a block
+        known[setting] = _Finding(None, [weakref.ref(module) for module in modules])
+        return False
+    if finding.is_exact is None:
         generator = torch.Generator().manual_seed(0)  # no random number of the user's is drawn
         probe = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
-        found = known[setting] = torch.equal(run(probe), run_chunks(run, probe, chunks))
-    return found
+        finding = finding._replace(is_exact=torch.equal(run(probe), run_chunks(run, probe, chunks)))
+        known[setting] = finding
+    return bool(finding.is_exact)
+
+
+def _are_same(before: list[weakref.ref[nn.Module]], now: list[nn.Module]) -> bool:
+    return len(before) == len(now) and all(ref() is module for ref, module in zip(before, now, strict=True))
 
 
 def _algorithms() -> tuple[object, ...]:
@@ -88,7 +104,8 @@ def _algorithms() -> tuple[object, ...]:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a module is torch's, timm's or ours, and keeps nothing of what it sees: a user's may count or observe."""
-    return type(module).__module__.startswith(("torch.nn.", "timm.", "torchvision.", "dg_timm."))
+    is_own = "forward" in vars(module)  # put on the instance
+    return not is_own and type(module).__module__.startswith(("torch.nn.", "timm.", "torchvision.", "dg_timm."))
 
 
 def _sees_the_batch(module: nn.Module) -> bool:

@@ -140,6 +140,8 @@ class Dense(Executor):
         else:
             pooled = operators.channel_means(feature) if self.plain else edges.global_average_pool(feature)
         self.pooled[node] = pooled
+        if node == 0:  # nothing enters it; a block 1 that is computed again finds what the last node read
+            self.into = None
         row = router(pooled) if self.into is None else router(pooled, edges.has_open_input(self.into))
         if self.recorder is not None:
             self.recorder.keep(self.stage, node, router, pooled, row)

@@ -27,6 +27,7 @@ class Sparse(Executor):
     """Runs one batch through a stage, each block for the images that need it."""
 
     def __init__(self, stage: DGStage) -> None:
+        refuse_shards(stage)
         self.stage, self.own = stage, _compat.own_modules(stage)
         self.nodes = len(stage.edges)
         self.state: State | None = None
@@ -103,6 +104,16 @@ def refuse_batch_statistics(module: nn.Module) -> None:
                 f"sparse execution runs a block for a part of the batch, and a {type(norm).__name__} of this "
                 f"stage would take its statistics: call model.eval(), or {_NEEDS_DENSE}"
             )
+
+
+def refuse_shards(stage: DGStage) -> None:
+    """Raise BadState if a block or router is sharded by itself: processes would wait for one that skips it."""
+    inside = _compat.find_sharded(stage)
+    if inside is not None:
+        raise BadState(
+            f"sparse execution skips blocks, and processes that share the weights of a {type(inside).__name__} wait "
+            f"for each other in it: shard whole stages (fully_shard(model.layer1)), or {_NEEDS_DENSE}"
+        )
 
 
 def refuse_recording(x: Tensor) -> None:

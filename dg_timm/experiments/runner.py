@@ -108,7 +108,7 @@ class _Runner:
             said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             last = (said.strip().splitlines() or ["nothing"])[-1]
             return f"failed ({status}): {last[:_MOST_SHOWN]} (all of it: {log})"
-        result, same = self.store.finish(trial, _hardware())
+        result, same = self.store.finish(trial, _describe_device())
         if same is not None:  # trained again for its network
             print(f"{trial.folder}: {'as before' if same else 'NOT as before: other figures'}", flush=True)
         print(f"{trial.folder}: top-1 {result.figures['eval_top1']:.2f} % after {result.seconds:.0f} s", flush=True)
@@ -123,5 +123,5 @@ class _Runner:
         return command
 
 
-def _hardware() -> str:
+def _describe_device() -> str:
     return describe_hardware(torch.device("cuda") if torch.cuda.is_available() else None)

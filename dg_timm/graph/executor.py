@@ -52,11 +52,25 @@ class Executor(ABC):
         ``first`` is for node 1, where node 0's feature is a projection.
         """
         if first is not None and first.block_projects:
-            return block(first.source, self.reader(first))
+            return self.project(block, first)
         z = self.read(node, None if first is None else first.source)
         if z is None or not self.checks:
             return None if z is None else block(z)
         return self.given(node, block(z), len(z))
+
+    def project(self, block: nn.Module, first: FirstEdge) -> Tensor | None:
+        """Run a block 1 that owns the projection; raise BadValue for one that was put there and does not."""
+        if not self.checks:
+            return block(first.source, self.reader(first))
+        try:
+            return block(first.source, self.reader(first))
+        except TypeError as error:
+            if getattr(block, "projects_shortcut", False):
+                raise
+            raise BadValue(
+                f"block 1 of a stage makes node 0's feature, too, which a {type(block).__name__} can't: put a block of "
+                f"the same kind in its place by index (stage[0] = block), which says what it must do ({error})"
+            ) from error
 
     @staticmethod
     def given(node: int, feature: Tensor | None, images: int) -> Tensor:

@@ -194,3 +194,16 @@ def test_small_configured_sizes_do_not_hide_strides():
 def test_layer_decay_where_timm_groups_only_some_parameters():
     model = dg_timm.dynamize(timm.create_model("hrnet_w18_small", device="meta"))
     create_optimizer_v2(model, opt="sgd", lr=0.1, layer_decay=0.8)
+
+
+@pytest.mark.parametrize("place", ["layer2", "layer2.0", "layer2.1"])
+def test_a_forward_that_was_put_on_a_module_stays_in_force(place):
+    model = timm.create_model("resnet18").eval()
+    module = model.get_submodule(place)
+    own = module.forward
+    module.forward = lambda x: own(x) * 0.5
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(dg_timm.dynamize(model)(x), wanted)
+    assert len(graph_stages(model)) == (3 if place == "layer2" else 4)

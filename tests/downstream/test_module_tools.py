@@ -1,6 +1,7 @@
 """Tools that take a model apart and put other modules, hooks or tensors in: the graph's own layers take part."""
 
 import copy
+import threading
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import dg_timm
-from dg_timm.graph.stage import routers
+from dg_timm.graph.stage import graph_stages, routers
 from tests.helpers.networks import FAMILIES, randomize, randomize_graph
 
 SMALL = ["dg_resnet18", "dg_mobilenetv2_050", "dg_regnety_002"]
@@ -218,3 +219,61 @@ def test_every_module_with_weights_runs_inside_its_parent(name):
         model(torch.randn(IMAGES))
     assert strays == []
     assert inside == []
+
+
+@pytest.mark.parametrize("name", ["dg_resnet18", "dg_regnety_002", "dg_mobilenetv2_050"])
+def test_blocks_are_checkpointed_by_torchs_wrapper(name):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = randomize_graph(randomize(timm.create_model(name, num_classes=3)), spread=0.3)
+    x = torch.randn(2, 3, 64, 64)
+    model(x).square().sum().backward()
+    wanted = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for stage in graph_stages(model).values():
+        for block in stage.block_names:
+            setattr(stage, block, checkpoint_wrapper(stage.get_submodule(block)))
+    model(x).square().sum().backward()
+    found = {key.replace("_checkpoint_wrapped_module.", ""): p.grad for key, p in model.named_parameters()}
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["dg_resnet18", "dg_mobilenetv2_050"])
+def test_torchvision_extracts_features(name):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = randomize_graph(randomize(timm.create_model(name, num_classes=3))).eval()
+    stage, x = next(iter(graph_stages(model))), torch.randn(2, 3, 64, 64)
+    kept = []
+    handle = model.get_submodule(stage).register_forward_hook(lambda module, args, result: kept.append(result))
+    with torch.no_grad():
+        model(x)
+        handle.remove()
+        found = create_feature_extractor(model, {stage: "feature"})(x)["feature"]
+    torch.testing.assert_close(found, kept[0])
+
+
+class Taps:
+    """Keeps features, as tools do; it can't be copied."""
+
+    def __init__(self):
+        self.kept, self.lock = [], threading.Lock()
+
+    def hook(self, module, args, result):
+        self.kept.append(result)
+
+
+def test_hooks_whose_owner_can_not_be_copied_are_in_nobodys_way():
+    taps, x = Taps(), torch.randn(2, 3, 64, 64)
+    static = timm.create_model("resnet18", num_classes=3)
+    static.layer3[0].conv1.register_forward_hook(taps.hook)
+    static(x)
+    model = dg_timm.dynamize(static)
+    model(x)  # in training mode: features with gradients are kept
+    assert dg_timm.cost(model, x).shape == (2,)
+    assert dg_timm.complexity(model).params > 0
+    modes = []
+    model.layer1[0].register_forward_pre_hook(lambda module, args: modes.append(model.training))
+    dg_timm.adjacency(model, x)
+    assert set(modes) == {True}  # the shared model was not switched

@@ -44,6 +44,32 @@ def warmed_up(model, x):
     return model
 
 
+class Centre(nn.Module):
+    """Depends on the batch as a whole, as a user's module may."""
+
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def test_what_is_put_into_a_block_later_sees_the_whole_batch():
+    static, model = static_and_dynamic("dg_resnet18")
+    x, blocks = torch.randn(8, 3, 64, 64), [m.layer1[1] for m in (static, model)]
+    calls = count_images(model)
+    with torch.no_grad():
+        warmed_up(model, x)
+        calls.clear()
+        assert torch.equal(model(x), static(x))
+        assert len(calls) > 1
+        for block in blocks:
+            block.drop_block = Centre()
+        assert torch.equal(model(x), static(x))
+        for block in blocks:
+            block.drop_block = nn.Identity()
+            block.act2.forward = lambda x: torch.relu(x - x.mean(0, keepdim=True))
+        for _ in range(3):
+            assert torch.equal(model(x), static(x))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["dg_resnet18", "dg_mobilenetv2_050", "dg_regnetx_002"])
 def test_chunks_of_a_batch_predict_what_the_batch_does_to_the_bit(name, layout):

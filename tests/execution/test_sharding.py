@@ -66,6 +66,13 @@ def shard(rank, world, address, name, by):
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-4, msg=key)
+    dg_timm.set_execution(model.eval(), "sparse")
+    if by in ("block", "layer") and world > 1:
+        with pytest.raises(dg_timm.UserError, match=r"wait for each other .*shard whole stages"):
+            model(images)
+    else:
+        with torch.no_grad():
+            assert model(images[:share]).shape == (share, 5)
     dist.destroy_process_group()
 
 

@@ -126,3 +126,11 @@ def test_the_last_block_is_what_tools_hook(name):
     model(torch.randn(2, 3, 64, 64))[:, 0].sum().backward()
     assert maps[0].grad.shape == maps[0].shape
     assert maps[0].grad.flatten(1).any(1).all()
+
+
+def test_what_was_put_past_the_index_in_the_place_of_the_block_that_projects_is_named():
+    model = timm.create_model("dg_resnet18").eval()
+    setattr(model.layer2, "0", nn.Conv2d(64, 128, 3, 2, 1))  # as tools do
+    for ask in (model, lambda x: dg_timm.cost(model, x)):
+        with pytest.raises(dg_timm.UserError, match="node 0's feature, too, which a Conv2d can't"):
+            ask(torch.randn(1, 3, 64, 64))
