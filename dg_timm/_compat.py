@@ -145,6 +145,11 @@ def find_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[
     return found
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a ``forward`` was put on the instance; accelerate's does not count, which runs the class's."""
+    return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+
+
 def find_sharded(module: nn.Module) -> nn.Module | None:
     """A module inside, not the module itself, that FSDP2 shards over several processes; None if there is none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it

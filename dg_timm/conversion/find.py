@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dg_timm import _compat
 from dg_timm._errors import BadValue
 from dg_timm._views import run_on_meta
 from dg_timm.conversion.blocks import WITHOUT_SHORTCUT, has_shortcut_projection
@@ -31,8 +32,7 @@ def find_stages(model: nn.Module) -> list[StagePlan]:
     Raises:
         BadValue: if there is none, and the message says what was looked for; or if the model can't be run.
     """
-    # accelerate's offloading puts a forward on modules, which runs theirs
-    own_forward = {name for name, m in model.named_modules() if "forward" in vars(m) and not hasattr(m, "_hf_hook")}
+    own_forward = {name for name, module in model.named_modules() if _compat.has_own_forward(module)}
     try:
         model, calls = _record_calls(model)
     except Exception as error:
