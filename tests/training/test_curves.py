@@ -3,7 +3,7 @@
 import pytest
 
 from dg_timm.training.loop.report import TOP1, draw_curves
-from dg_timm.training.run.targets import value_of
+from dg_timm.training.run.targets import Aim, value_of
 
 UPDATES = [{"update": at, "loss": 2.0, "lr": 0.1} for at in (1, 2)]
 STATIC = {"epoch": 1, "updates": 2, "train_loss": 2.0, "train_top1": 50.0, "eval_loss": 2.1, "eval_top1": 40.0}
@@ -51,7 +51,7 @@ def test_a_dynamic_network_shows_what_it_costs(draw):
 
 
 def test_of_a_range_every_budget_is_shown_with_the_costs_aimed_at(draw):
-    panels = draw(AIMING, value_of(TOP1, [0.6, 1.0]))
+    panels = draw(AIMING, value_of(TOP1, Aim((0.6, 1.0))))
     assert list(panels) == ["loss", "top-1 (%)", "cost of an image (static network: 1)", "learning rate"]
     assert lines(panels["loss"]) == ["training, with the price on cost", "evaluation"]
     assert lines(panels["top-1 (%)"]) == ["training", "evaluation", "evaluation, budget 0.6"]
