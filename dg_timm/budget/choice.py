@@ -87,7 +87,7 @@ def choose_among(
     ascending = dict(sorted(observed.items()))
     choices = [*(() if only_cascades else _single(ascending)), *_cascades(ascending)]
     if target_cost is None:
-        whole = next(choice.top1 for choice in choices if choice.budgets == (max(ascending),))
+        whole = _percent(ascending[max(ascending)].right)
         return min((c for c in choices if c.top1 >= whole - aim - 1e-9), key=lambda choice: choice.cost)
     within = [choice for choice in choices if choice.cost <= aim]
     if not within:

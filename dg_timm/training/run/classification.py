@@ -159,7 +159,7 @@ class _Output:
     def export(self, best: nn.Module, row: Row, epochs: int, average: bool) -> None:
         """Write the best network in Hub layout."""
         self.evaluation.keep_curve(best)
-        self._save(best, row, epochs, average, {})
+        self._save(best, row, epochs, average, self.images, {})
 
     def conclude(self, row: Row, epochs: int) -> str | None:
         """Say whether the costs that were aimed at were reached; of a cascade, choose and save it first."""
@@ -173,12 +173,14 @@ class _Output:
             return f"cost aimed at: {aim.cascade:g} NOT reached: {error}"
         prefix, line = prefix_of(row), describe_cascade(choice)
         made = {"Cascade": f"{line}, chosen on the images that it is judged on"}
-        self._save(best, row | {f"{prefix}_top1": choice.top1}, epochs, prefix == "ema", made)
+        self._save(best, row | {f"{prefix}_top1": choice.top1}, epochs, prefix == "ema", images, made)
         return conclude_cascade(aim, choice, images)
 
-    def _save(self, best: nn.Module, row: Row, epochs: int, average: bool, made: dict[str, str]) -> None:
+    def _save(
+        self, best: nn.Module, row: Row, epochs: int, average: bool, images: int | None, made: dict[str, str]
+    ) -> None:
         metric = self.evaluation.figures.metric
-        card = make_card(self.args, row, epochs, self.network.random, average, self.images, metric)
+        card = make_card(self.args, row, epochs, self.network.random, average, images, metric)
         save_model(
             best,
             Path(self.args.output) / "model",
