@@ -18,10 +18,10 @@ quickstart: install  ## train a dynamic network and its static network on real d
 	$(BIN)/python train_scripts/quickstart.py
 
 test: install check  ## everything CI runs
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: install check $(VENV)/.docs  ## with the whole zoo, trainings, the site, and the wheel in an empty environment
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 	$(BIN)/python -m tests.training.kill_and_resume
 	$(BIN)/python -m tests.timm_suite.run
 

@@ -39,6 +39,20 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_for(folder: Path) -> Iterator[None]:
+    """Make a folder if it is missing; after an exception in the block, one that was made and is empty goes again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # somebody put something there meanwhile
+                folder.rmdir()
+        raise
+
+
 def atomic_write(target: str | Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes through :func:`atomic_path`."""
     with atomic_path(target) as temporary:

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_s
 from torch import Tensor, nn
 
 from dg_timm._errors import BadState, BadType, BadValue, UserError
-from dg_timm._files import atomic_write, put_in_place
+from dg_timm._files import atomic_write, folder_for, put_in_place
 from dg_timm.analysis.plot import draw_wiring
 from dg_timm.analysis.recorder import adjacency
 from dg_timm.conversion.state_dict import check_fit, is_identity
@@ -76,8 +76,7 @@ def save_pretrained(
     if existing and not overwrite:
         raise BadState(f"{folder} holds {', '.join(existing)} already; pass overwrite=True or another folder")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    with folder_for(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         fresh = Path(scratch)
         save_torch_state_dict(model.state_dict(), fresh, max_shard_size=max_shard_size)
         config = write_config(model, fresh / CONFIG, label_names=label_names, data_config=data_config)

@@ -94,6 +94,9 @@ def test_a_failed_save_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError, match="expected images of 3 channels, got 5"):
         dg_timm.save_pretrained(model, folder, images=torch.zeros(1, 5, 64, 64), overwrite=True)
     assert contents(folder) == before
+    with pytest.raises(ValueError, match="expected images of 3 channels, got 5"):
+        dg_timm.save_pretrained(model, tmp_path / "new", images=torch.zeros(1, 5, 64, 64))
+    assert not (tmp_path / "new").exists()
 
 
 def test_shards_come_back_and_leave_with_the_next_save(tmp_path):
