@@ -34,6 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options of the recipe and the command line (by default that of this process)."""
     parser = CommandParser(description=__doc__)
     run_options.add_run_options(parser)
+    run_options.add_sharding_option(parser)
     data_options.add_data_options(parser)
     data_options.add_task_options(parser, "single")
     data_options.add_summary_option(parser)

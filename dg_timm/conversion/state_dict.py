@@ -45,16 +45,7 @@ def is_identity(model: nn.Module) -> bool:
     return (
         all(_is_always_open(gate) for gate in gates(model).values())
         and all(_is_whole(stage) for stage in graph_stages(model).values())
-        and all(
-            router.scale is not None
-            and type(getattr(router, "fc", None)) in (torch.nn.Linear, type(None))
-            and float(router.scale[0].detach()) == 2.0
-            and not bool(router.scale[1:].any())
-            and not any(bool(p.any()) for name, p in router.named_parameters() if name not in ("scale", "threshold"))
-            and float(router.threshold.detach()) <= 1.0
-            and not (router.fixed_threshold is not None and router.fixed_threshold > 1.0)
-            for router in routers(model).values()
-        )
+        and all(router.is_identity() for router in routers(model).values())
     )
 
 

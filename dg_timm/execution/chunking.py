@@ -4,8 +4,9 @@ A stage is independent across images, and a graph holds many maps at once. In in
 batch in chunks. A chunk is big enough to use all threads and to amortize reading the weights.
 
 Convolutions may take another algorithm for a smaller batch, and round otherwise: on one thread torch 2.14.1 leaves
-oneDNN below 16 images. A dense stage therefore runs in chunks only where that was shown to change no bit: once for each
-shape that comes again, on random maps, for this machine's algorithms. Sparse execution rounds its own way anyway.
+oneDNN below 16 images. A stage that is a static one's conversion therefore runs in chunks only where that was shown to
+change no bit: once for each shape that comes again, on random maps, for this machine's algorithms. Nobody has another
+network's bits from elsewhere: it runs in chunks from its first call on, and sparse execution does, too.
 """
 
 import weakref
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from dg_timm import _compat
 from dg_timm.execution.sparse import BATCH_NORMS
+from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
 
 # How much may be live in a chunk for each thread: a few times the cache of a core. What is live is an upper bound.
@@ -62,6 +64,14 @@ def num_chunks(stage: DGStage, x: Tensor) -> int:
 def run_chunks(run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> Tensor:
     """Run a batch in chunks, one after another."""
     return torch.cat([run(chunk) for chunk in x.tensor_split(chunks)]) if chunks > 1 else run(x)
+
+
+def may_run(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
+    """Whether a dense stage may run in this many chunks: its bits are nobody's promise, or they are the same."""
+    promised = all(router.is_identity() for router in stage.children() if isinstance(router, Router))
+    if promised or not all(map(_is_known, stage.modules())):
+        return is_exact(stage, run, x, chunks)
+    return True
 
 
 def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:

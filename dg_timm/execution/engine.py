@@ -33,7 +33,7 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
     chunks = chunking.num_chunks(stage, x) if plain and not watched else 1
     if chunks > 1:
         with by_image():
-            return chunking.run_chunks(run, x, chunks if chunking.is_exact(stage, run, x, chunks) else 1)
+            return chunking.run_chunks(run, x, chunks if chunking.may_run(stage, run, x, chunks) else 1)
     out = run(x)
     if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked) or _is_open(stage)):
         unused = unused_parameters(stage, topology, asked.threshold is not None)

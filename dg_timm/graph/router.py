@@ -73,6 +73,21 @@ class Router(nn.Module):
         ]
         return torch.tensor(scales, device="cpu")
 
+    def is_identity(self) -> bool:
+        """Whether the edge to the next node weighs 1 and is open, and all others weigh 0, whatever the image.
+
+        Learned thresholds count, and one that is set. A router whose layer was replaced is none of an identity.
+        """
+        return (
+            self.scale is not None
+            and type(getattr(self, "fc", None)) in (nn.Linear, type(None))
+            and float(self.scale[0].detach()) == 2.0
+            and not bool(self.scale[1:].any())
+            and not any(bool(p.any()) for name, p in self.named_parameters() if name not in ("scale", "threshold"))
+            and float(self.threshold.detach()) <= 1.0
+            and not (self.fixed_threshold is not None and self.fixed_threshold > 1.0)
+        )
+
     def forward(self, pooled: Tensor, active: Optional[Tensor] = None) -> Tensor:
         """Weigh the edges that leave this node.
 

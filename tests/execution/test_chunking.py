@@ -38,6 +38,11 @@ def count_images(model):
     return calls
 
 
+def identity(name):
+    """A conversion, whose bits are the static network's."""
+    return static_and_dynamic(name)[1]
+
+
 def warmed_up(model, x):
     """A model that has seen the shape twice."""
     model(x), model(x)
@@ -93,24 +98,39 @@ def test_chunks_of_a_batch_predict_what_the_batch_does_to_the_bit(name, layout):
 
 @pytest.mark.parametrize("batch", [7, 8, 16])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_trained_network_is_chunked_to_the_bit(batch, gated):
-    """Its routers' products and sigmoids would round otherwise for another number of images."""
+def test_a_trained_network_is_chunked_from_the_first_call_on(batch, gated):
+    """Nobody has its bits from elsewhere; every call gives the same ones."""
     model = randomize_graph(timm.create_model("dg_resnet18", gates=gated)).eval()
     for gate in gates(model).values():
         nn.init.normal_(gate.fc.weight, std=3.0)
     x, calls = torch.randn(batch, 3, 64, 64), count_images(model)
     with torch.no_grad():
         wanted = model(x)
-        model(x)
-        calls.clear()
-        assert torch.equal(model(x), wanted)
         assert len(calls) > 1
+        assert torch.equal(model(x), wanted)
         with operators.using_backend("reference"):
             torch.testing.assert_close(wanted, model(x), rtol=1e-4, atol=1e-4)
+        model.layer1[0].act2 = DependsOnTheBatch().eval()  # of a module of the user's nothing is known
+        calls.clear()
+        model(x)
+    assert calls == [batch]
+
+
+def test_a_network_that_becomes_the_identity_promises_its_bits_again():
+    static, model = static_and_dynamic("dg_resnet18")
+    x, calls = torch.randn(8, 3, 64, 64), count_images(model)
+    with torch.no_grad():
+        randomize_graph(model)
+        model(x)
+        assert len(calls) > 1
+        calls.clear()
+        model.load_state_dict(static.state_dict())
+        assert torch.equal(model(x), static(x))
+    assert calls == [8]
 
 
 def test_a_router_without_a_bias_is_called():
-    model, x = randomize_graph(timm.create_model("dg_resnet18").eval()), torch.randn(8, 3, 64, 64)
+    model, x = randomize_graph(identity("dg_resnet18")), torch.randn(8, 3, 64, 64)
     model.layer1.router0.fc.bias = None
     with torch.no_grad(), operators.using_backend("reference"):
         wanted = model(x)
@@ -120,7 +140,7 @@ def test_a_router_without_a_bias_is_called():
 
 
 def test_the_first_call_of_a_shape_costs_nothing_and_the_second_finds_out():
-    model, x = timm.create_model("dg_resnet18").eval(), torch.randn(8, 3, 64, 64)
+    model, x = identity("dg_resnet18"), torch.randn(8, 3, 64, 64)
     calls, seen = count_images(model), []
     with torch.no_grad():
         for _ in range(4):
@@ -143,7 +163,7 @@ class DependsOnTheBatch(nn.Module):
 
 
 def test_a_stage_whose_chunks_round_otherwise_is_not_chunked(monkeypatch):
-    model, x = timm.create_model("dg_resnet18").eval(), torch.randn(8, 3, 64, 64)
+    model, x = identity("dg_resnet18"), torch.randn(8, 3, 64, 64)
     model.layer1[0].act2 = DependsOnTheBatch().eval()
     calls = count_images(model)
     with torch.no_grad():
@@ -158,7 +178,7 @@ def test_a_stage_whose_chunks_round_otherwise_is_not_chunked(monkeypatch):
 
 def test_what_is_known_belongs_to_the_setting():
     """Another layout, type or number of threads is found out anew; a copy knows nothing."""
-    model, x = timm.create_model("dg_resnet18").eval(), torch.randn(8, 3, 64, 64)
+    model, x = identity("dg_resnet18"), torch.randn(8, 3, 64, 64)
     calls, threads = count_images(model), torch.get_num_threads()
 
     def is_known(model, x):
@@ -199,7 +219,7 @@ class Observing(nn.Module):
 
 
 def test_a_module_of_the_users_sees_images_alone():
-    model, x = timm.create_model("dg_mobilenetv2_100").eval(), 0.01 * torch.randn(16, 3, 96, 96)
+    model, x = identity("dg_mobilenetv2_100"), 0.01 * torch.randn(16, 3, 96, 96)
     model.blocks[1][0].bn1 = nn.Sequential(model.blocks[1][0].bn1, Observing())
     observing = model.blocks[1][0].bn1[1]
     with torch.no_grad():
@@ -211,7 +231,7 @@ def test_a_module_of_the_users_sees_images_alone():
 
 def test_finding_out_draws_no_number_of_the_users_and_keeps_no_stage_alive(monkeypatch):
     monkeypatch.setattr(chunking, "_MAX_SETTINGS", 3)
-    model = timm.create_model("dg_cifar_resnet20").eval()
+    model = identity("dg_cifar_resnet20")
     state = torch.get_rng_state()
     with torch.no_grad():
         for size in range(8, 16):
@@ -227,7 +247,7 @@ def test_finding_out_draws_no_number_of_the_users_and_keeps_no_stage_alive(monke
 
 
 def test_who_watches_a_stage_sees_the_whole_batch():
-    model = timm.create_model("dg_resnet18").eval()
+    model = identity("dg_resnet18")
     x, seen = torch.randn(8, 3, 64, 64), []
     calls = count_images(model)
 
@@ -257,7 +277,7 @@ def test_who_watches_a_stage_sees_the_whole_batch():
 
 
 def test_norms_that_look_at_the_batch_get_the_whole_batch():
-    model, x = timm.create_model("dg_resnet18").eval(), torch.randn(8, 3, 64, 64)
+    model, x = identity("dg_resnet18"), torch.randn(8, 3, 64, 64)
     calls = count_images(model)
     with torch.no_grad():
         warmed_up(model, x)
@@ -274,7 +294,7 @@ def test_norms_that_look_at_the_batch_get_the_whole_batch():
 def test_squeeze_and_excitation_is_not_chunked():
     """Its layers see maps of one pixel, whose rounding depends on the size of the batch."""
     for name, chunked in (("dg_regnety_002", False), ("dg_regnetx_002", True)):
-        model, x = timm.create_model(name).eval(), torch.randn(8, 3, 64, 64)
+        model, x = identity(name), torch.randn(8, 3, 64, 64)
         calls = count_images(model)
         with torch.no_grad():
             warmed_up(model, x)
@@ -284,7 +304,7 @@ def test_squeeze_and_excitation_is_not_chunked():
 
 
 def test_sparse_execution_runs_in_chunks_and_predicts_the_same():
-    model, x = randomize_graph(timm.create_model("dg_resnet18").eval()), torch.randn(8, 3, 64, 64)
+    model, x = randomize_graph(identity("dg_resnet18")), torch.randn(8, 3, 64, 64)
     calls = count_images(model)
     with torch.no_grad():
         wanted = model(x)

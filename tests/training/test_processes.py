@@ -9,15 +9,20 @@ from tests.helpers.scripts import rows, run
 from tests.helpers.training import FINISHED, PLAIN, train, validate
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path, finished):
+@pytest.mark.parametrize("sharded", [(), ("--fsdp",)])
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, finished, sharded):
     output, _ = finished
-    process = train(*FINISHED, "--output", tmp_path / "two", processes=2)
+    process = train(*FINISHED, *sharded, "--output", tmp_path / "two", processes=2)
     assert process.returncode == 0, process.stderr
     assert "broadcast_buffers" not in process.stderr  # what Accelerate itself passes to torch is not the user's affair
     for one, two in zip(rows(output / "updates.csv"), rows(tmp_path / "two" / "updates.csv"), strict=True):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
         assert two["lr"] == one["lr"]
         assert two["top1"] == one["top1"]
+    figures = json.loads(validate(tmp_path / "two" / "model").stdout.splitlines()[-1])
+    best = max(rows(tmp_path / "two" / "summary.csv"), key=lambda row: float(row["eval_top1"]))
+    assert figures["top1"] == float(best["eval_top1"])
+    assert figures["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-12)
 
 
 @pytest.mark.slow

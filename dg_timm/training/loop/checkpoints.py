@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -23,9 +24,10 @@ from torch import nn
 from dg_timm._errors import BadState
 from dg_timm._files import put_in_place
 from dg_timm.training.data.samplers import Position
+from dg_timm.training.loop import sharding
 from dg_timm.training.loop.distributed import HostAllReduce
 
-HASHES = "hashes.json"
+HASHES, OPTIMIZER = "hashes.json", "optimizer.bin"
 _DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
 
 
@@ -40,6 +42,7 @@ class Checkpoints:
         keep: number of the newest checkpoints that stay; the best one stays beside them.
         args: options of the run, written into every checkpoint.
         write_config: writes config.json of a model into a folder.
+        optimizer: one that the accelerator does not save, because its states are sharded.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Checkpoints:
         keep: int,
         args: dict[str, Any],
         write_config: Callable[[nn.Module, Path], object],
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.folder, self.accelerator, self.all_reduce = folder, accelerator, all_reduce
-        self.keep, self.args, self.write_config = keep, args, write_config
+        self.keep, self.args, self.write_config, self.optimizer = keep, args, write_config, optimizer
         self.networks = {".": model, **({"ema": ema} if ema is not None else {})}
         self.best: str | None = None  # name of the checkpoint that rotation must spare
         self.states: dict[str, Any] = {}  # by file name, what has a state_dict of plain numbers
@@ -132,6 +136,8 @@ class Checkpoints:
     def load(self, place: Path) -> Position | None:
         """Put everything back as it was; return the position of this process."""
         self.accelerator.load_state(str(place))  # weights_only=True, by Accelerate's default
+        if self.optimizer is not None:
+            sharding.load_optimizer(self.optimizer, torch.load(place / OPTIMIZER, weights_only=True))
         for name, state in self.states.items():
             state.load_state_dict(_read_json(place / f"{name}.json"))
         own = self.accelerator.process_index
@@ -177,6 +183,10 @@ class Checkpoints:
     def _save_own(self, folder: Path, position: Position | None) -> None:
         """Write what every process has for itself: its place in the data, and its norm statistics within an epoch."""
         own = self.accelerator.process_index
+        if self.optimizer is not None:
+            state = sharding.gather(self.optimizer.state_dict())
+            if self.accelerator.is_main_process:
+                torch.save(state, folder / OPTIMIZER)
         if self.accelerator.is_main_process:  # as JSON: Accelerate would pickle it, and run what it loads
             for name, state in self.states.items():
                 (folder / f"{name}.json").write_text(json.dumps(state.state_dict()), encoding="utf-8")
@@ -189,19 +199,18 @@ class Checkpoints:
 
     def _save_networks(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         weights.clear()
-        if not self.accelerator.is_main_process:
-            return
         for sub, network in self.networks.items():
-            folder = Path(output_dir) / sub
-            folder.mkdir(exist_ok=True)
-            tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            self.write_config(network, folder)
+            tensors = sharding.gather(network.state_dict())
+            if self.accelerator.is_main_process:
+                folder = Path(output_dir) / sub
+                folder.mkdir(exist_ok=True)
+                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+                self.write_config(network, folder)
 
     def _load_networks(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         for sub, network in self.networks.items():
-            network.load_state_dict(load_file(Path(input_dir) / sub / "model.safetensors"))
+            sharding.load(network, load_file(Path(input_dir) / sub / "model.safetensors"))
 
 
 def latest_valid(folder: Path) -> tuple[str | None, list[str]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dg_timm._errors import BadState
 from dg_timm.training.loop.optimization import BatchSplit
@@ -60,9 +61,12 @@ class Callbacks:
     Attributes:
         evaluate: returns a row of figures, the same in every process, with ``metric``, of which more is better.
         on_epoch: is called with the epoch's number, counted from 0, before each.
-        on_best: is called in the main process after an evaluation that is the best so far.
+        gather_best: after an evaluation that is the best so far, is called in every process with its row, and returns
+            the network that is to be kept.
+        on_best: is then called in the main process, with both.
     """
 
     evaluate: Callable[[], Row]
     on_epoch: Callable[[int], None] = lambda epoch: None
-    on_best: Callable[[Row], None] = lambda row: None
+    gather_best: Callable[[Row], Any] = lambda row: None
+    on_best: Callable[[Row, Any], None] = lambda row, network: None

@@ -5,7 +5,8 @@ summed in float64. Batches are filled up to one size, so that an image's logits 
 The result is that of one process to the last digit, whatever the number of images.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from dg_timm.analysis.recorder import AdjacencyRecorder, adjacency, recording
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.labeling import SINGLE
 from dg_timm.training.data.images import Batch
+from dg_timm.training.loop.distributed import HostAllReduce
 from dg_timm.training.loop.figures import Figures, figures_of
 from dg_timm.training.loop.report import Row
+from dg_timm.training.loop.sharding import in_step
 
 _ROW, _COSTS = 2, 2  # columns: shard and row, cost and skipped
 
@@ -57,7 +60,7 @@ class EvalResult(NamedTuple):
         return self.figures.get("top5", float("nan"))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded network keeps what it gathers, and trains with it
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -67,6 +70,8 @@ def evaluate_model(
     costs: Costs | None = None,
     stop: Callable[[], bool] | None = None,
     figures: Figures | None = None,
+    fill: Callable[[], Batch] | None = None,
+    all_reduce: HostAllReduce | None = None,
 ) -> EvalResult:
     """Evaluate this process's batches and gather the result; every process gets it.
 
@@ -78,6 +83,8 @@ def evaluate_model(
         costs: of the model, a dynamic one in dense execution; without them none are added up.
         stop: if given and ``stop()`` becomes true, the rest is left out. The result is then of no use.
         figures: of the task; by default those of a single label.
+        fill, all_reduce: for a sharded model, which all processes have to run equally often: a batch in which nothing
+            counts, and sums over the processes.
 
     Raises:
         BadValue: if there is no image.
@@ -85,10 +92,9 @@ def evaluate_model(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     figures = figures or figures_of(SINGLE, 0)
     kept = []
+    until = _until(batches, stop or (lambda: False), fill, all_reduce)
     with evaluating(model):
-        for batch in batches:
-            if stop is not None and stop():
-                break
+        for batch in until:
             batch = batch.move_to(accelerator.device, layout)
             precision = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
             with precision, recording(model) if costs is not None else nullcontext() as recorder:
@@ -108,6 +114,17 @@ def evaluate_model(
     table = mine.cpu()
     table = table[sorted(range(len(table)), key=table[:, :_ROW].tolist().__getitem__)]
     return EvalResult(figures.summarize(table[:, _ROW:-_COSTS]), len(table), table[:, -2], table[:, -1])
+
+
+def _until(
+    batches: Iterable[Batch],
+    stop: Callable[[], bool],
+    fill: Callable[[], Batch] | None,
+    all_reduce: HostAllReduce | None,
+) -> Iterator[Batch]:
+    if fill is None or all_reduce is None:
+        return itertools.takewhile(lambda _: not stop(), batches)
+    return in_step(iter(batches), fill, stop, all_reduce.sum)
 
 
 def _cost_columns(model: nn.Module, costs: Costs | None, recorder: AdjacencyRecorder | None, rows: Tensor) -> Tensor:

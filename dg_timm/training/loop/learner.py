@@ -1,5 +1,6 @@
 """The network that learns, with all that an update of its weights changes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from dg_timm.training.loop import sharding
 from dg_timm.training.loop.distributed import prepare
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -23,36 +26,66 @@ class Learner:
         network: the same without its wrapper.
         optimizer: as ``accelerator.prepare`` wraps it.
         schedule: timm's, in updates; not prepared (Accelerate would step it once for each process).
+        epochs: that the schedule has.
         ema: average of the network's weights, or None.
+        whole: makes a sharded network whole; None where the processes have whole ones.
     """
 
     model: nn.Module
     network: nn.Module
     optimizer: Any
     schedule: Scheduler
+    epochs: int
     ema: ModelEmaV3 | None
+    whole: sharding.Whole | None = None
 
     @classmethod
     def create(
         cls,
         accelerator: Accelerator,
         network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: Scheduler,
+        optimize: Callable[[nn.Module], tuple[torch.optim.Optimizer, Scheduler, int]],
         *,
         ema_decay: float | None = None,
         ema_warmup: bool = True,
+        fsdp: bool = False,
     ) -> "Learner":
-        """Let Accelerate prepare a network and its optimizer; begin an average if it has a decay."""
+        """Give a network its optimizer, let Accelerate prepare both, and begin an average if it has a decay.
+
+        Args:
+            accelerator: of this process.
+            network: on the CPU.
+            optimize: makes the optimizer and the schedule of the network, and counts the epochs that it has.
+            ema_decay, ema_warmup: of the average; without a decay there is none.
+            fsdp: share the network out over the processes (:mod:`dg_timm.training.loop.sharding`). Accelerate then
+                prepares nothing.
+        """
+
+        def average(network: nn.Module, fused: bool) -> ModelEmaV3 | None:
+            if ema_decay is None:
+                return None
+            return ModelEmaV3(network, decay=ema_decay, use_warmup=ema_warmup, foreach=fused)
+
+        if fsdp:
+            whole = sharding.Whole(network)
+            # timm's fused update takes no mixture of shares and buffers
+            ema = average(network, fused=False)
+            for each in (network, *([ema.module] if ema is not None else [])):
+                sharding.shard(each, accelerator.device)
+            return cls(network, network, *optimize(network), ema, whole)
+        optimizer, schedule, epochs = optimize(network)
         model, prepared = prepare(accelerator, network, optimizer)
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        ema = None if ema_decay is None else ModelEmaV3(plain, decay=ema_decay, use_warmup=ema_warmup)
-        return cls(model, plain, prepared, schedule, ema)
+        return cls(model, plain, prepared, schedule, epochs, average(plain, fused=True))
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The network as ``eval`` and, where there is one, the average as ``ema``."""
         return {"eval": self.network, **({"ema": self.ema.module} if self.ema is not None else {})}
+
+    def in_one_piece(self, network: nn.Module, wanted: bool) -> nn.Module | None:
+        """Give one of the networks; every process calls, and a sharded one is made whole where it is ``wanted``."""
+        return network if self.whole is None else self.whole.of(network, wanted)
 
     @property
     def rate(self) -> float:
@@ -92,6 +125,7 @@ def set_train_mode(model: nn.Module, fixed_norms: bool = False) -> None:
 
 
 def has_finite_weights(model: nn.Module) -> bool:
-    """Tell whether every floating-point weight and statistic is finite."""
-    finite = [torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point()]
+    """Tell whether every floating-point weight and statistic is finite; of a sharded model, those of this process."""
+    values = (v.to_local() if isinstance(v, DTensor) else v for v in model.state_dict().values())
+    finite = [torch.isfinite(v).all() for v in values if v.is_floating_point()]
     return bool(torch.stack(finite).all())

@@ -14,7 +14,7 @@ from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import routers
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-_TORCH_OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")  # these have a foreach implementation
+FOREACH_OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")  # these have a foreach implementation
 
 
 class BatchSplit(NamedTuple):
@@ -128,7 +128,7 @@ def create_optimizer(
             lr=lr,
             weight_decay=0.0,  # each group states its own
             momentum=momentum,
-            foreach=True if opt in _TORCH_OPTIMIZERS else None,
+            foreach=True if opt in FOREACH_OPTIMIZERS else None,
             **options,
         )
     except (AssertionError, TypeError, ValueError) as error:

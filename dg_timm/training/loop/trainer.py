@@ -267,9 +267,10 @@ class Trainer:
     def _export(self, row: Row, is_best: bool) -> None:
         """Write the best network so far; raise in every process if the main one can't."""
         error: Exception | None = None
+        network = self.callbacks.gather_best(row) if is_best else None
         if is_best and self.accelerator.is_main_process:
             try:
-                self.callbacks.on_best(row)
+                self.callbacks.on_best(row, network)
             except Exception as caught:  # the other processes must hear of it
                 error = caught
         if self.all_reduce.any(error is not None):

@@ -22,7 +22,7 @@ from dg_timm.training.data.size_schedule import SizeSchedule
 from dg_timm.training.data.splits import Splits
 from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.objective import Losses
-from dg_timm.training.loop.optimization import BatchSplit, scaled_lr
+from dg_timm.training.loop.optimization import FOREACH_OPTIMIZERS, BatchSplit, scaled_lr
 from dg_timm.training.loop.report import Metric, Row
 from dg_timm.training.run.build import Network, build_network
 from dg_timm.training.run.build_data import epochs_of, load_data, make_loader, make_transforms
@@ -51,6 +51,8 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
     Raises:
         BadValue: naming the option that can't be used.
     """
+    if args.fsdp:
+        check_sharding(args, accelerator)
     if (args.mixup or args.cutmix) and split.micro_batch % 2:
         raise BadValue(f"mixup pairs the images of a batch: the micro-batch must be even, not {split.micro_batch}")
     with accelerator.local_main_process_first():
@@ -101,7 +103,32 @@ def build_classification(args: argparse.Namespace, accelerator: Accelerator, spl
         conclude=output.conclude,
         on_epoch=on_epoch,
         fixed_norms=args.freeze_norm,
+        fsdp=args.fsdp,
     )
+
+
+def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuse what ``--fsdp`` can't do.
+
+    Raises:
+        BadValue: naming the option that does not go with it.
+    """
+    unfit = {
+        f"--opt {args.opt}": args.opt not in FOREACH_OPTIMIZERS,
+        "--mixed-precision fp16": args.mixed_precision == "fp16",
+        "--clip-mode agc": args.clip_grad is not None and args.clip_mode == "agc",
+        "--compile": args.compile,
+    }
+    named = [option for option, is_unfit in unfit.items() if is_unfit]
+    if named:
+        raise BadValue(
+            f"--fsdp does not go with {', '.join(named)}; it takes --opt {', '.join(FOREACH_OPTIMIZERS)}, "
+            "--mixed-precision bf16, --clip-mode norm or value"
+        )
+    if accelerator.num_processes == 1:
+        raise BadValue(
+            "--fsdp shares a network out over processes, and there is one: start it by torchrun or accelerate"
+        )
 
 
 def describe_start(network: Network) -> str:

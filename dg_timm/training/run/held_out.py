@@ -14,6 +14,7 @@ from dg_timm.budget.choice import BudgetChoice, choose_among, set_choice
 from dg_timm.budget.curve import keep_curve, measure_budgets, observe_budget
 from dg_timm.graph.stage import graph_stages
 from dg_timm.training.data.loader import Loader, sample_images
+from dg_timm.training.loop.distributed import HostAllReduce
 from dg_timm.training.loop.evaluation import evaluate_model, graph_statistics
 from dg_timm.training.loop.figures import figures_of
 from dg_timm.training.loop.report import TOP1, Row
@@ -36,6 +37,7 @@ class HeldOut:
         aim: Aim | None,
     ) -> None:
         self.args, self.val_loader, self.accelerator, self.aim = args, val_loader, accelerator, aim
+        self.all_reduce = HostAllReduce() if args.fsdp else None
         self.num_classes = network.objective.num_classes
         self.figures = figures_of(network.objective.labeling, self.num_classes)
         self.costs: Costs | None = None
@@ -61,6 +63,8 @@ class HeldOut:
             costs=costs,
             stop=stopping,
             figures=self.figures,
+            fill=self.val_loader.empty_batch,
+            all_reduce=self.all_reduce,
         )
         row: Row = {key: value for key, value in result.figures.items() if key != "top5" or self.num_classes > 5}
         if costs is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
 
 from dg_timm._errors import BadState, BadValue, CommandStopped
 from dg_timm.training.loop.checkpoints import Checkpoints, find_fault, latest_valid, read_args
@@ -32,10 +33,14 @@ def build_trainer(
 ) -> Trainer:
     """Put optimizer, average of the weights, checkpoints and report around a task; write nothing."""
     output = Path(args.output)
-    optimizer, schedule, epochs = build_optimization(args, task.model, task.updates_per_epoch)
     learning = sum(p.requires_grad for p in task.model.parameters())
     learner = Learner.create(
-        accelerator, task.model, optimizer, schedule, ema_decay=args.ema_decay, ema_warmup=args.ema_warmup
+        accelerator,
+        task.model,
+        lambda network: build_optimization(args, network, task.updates_per_epoch),
+        ema_decay=args.ema_decay,
+        ema_warmup=args.ema_warmup,
+        fsdp=task.fsdp,
     )
     set_seed(args.seed, device_specific=True)  # from here on each process draws its own dropout
     processes = Processes(accelerator, HostAllReduce(), interrupt)
@@ -48,9 +53,10 @@ def build_trainer(
         keep=args.keep,
         args=vars(args),
         write_config=task.write_config,
+        optimizer=learner.optimizer if task.fsdp else None,
     )
     config = TrainerConfig(
-        epochs=epochs,
+        epochs=learner.epochs,
         split=split,
         updates_per_epoch=task.updates_per_epoch,
         fixed_norms=task.fixed_norms,
@@ -59,15 +65,15 @@ def build_trainer(
     )  # fmt: skip
     accelerator.print(
         f"{args.model}: {learning} tensors learn; {task.images}; {split.images} images an update "
-        f"({split.micro_batch} x {split.accumulation} x {split.processes} processes); {epochs} epochs of "
+        f"({split.micro_batch} x {split.accumulation} x {split.processes} processes); {learner.epochs} epochs of "
         f"{task.updates_per_epoch} updates"
     )
-    callbacks = _callbacks(task, learner, processes, epochs)
+    callbacks = _callbacks(task, learner, processes)
     report = Report(output, accelerator, task.metric)
     return Trainer(config, processes, learner, task.loader, task.objective, checkpoints, report, callbacks)
 
 
-def _callbacks(task: TrainingTask, learner: Learner, processes: Processes, epochs: int) -> Callbacks:
+def _callbacks(task: TrainingTask, learner: Learner, processes: Processes) -> Callbacks:
     """Evaluate the network and its average after an epoch, and export the better one of the best epoch."""
     accelerator, all_reduce, interrupt = processes
     name = task.metric.name
@@ -82,15 +88,22 @@ def _callbacks(task: TrainingTask, learner: Learner, processes: Processes, epoch
         skipped, task.val_loader.skipped = int(all_reduce.sum(task.val_loader.skipped)[0]), 0
         if skipped:
             row["eval_skipped_images"] = skipped // len(found)
-        if accelerator.is_main_process:
-            row |= task.observe(learner.network)
+        network = learner.in_one_piece(learner.network, accelerator.is_main_process)
+        if accelerator.is_main_process and network is not None:
+            row |= task.observe(network)
         return row | {"metric": max(found)}
 
-    def export(row: Row) -> None:
-        average = learner.ema is not None and float(row[f"ema_{name}"]) >= float(row[f"eval_{name}"])
-        task.export(learner.networks["ema" if average else "eval"], row, epochs, average)
+    def is_average(row: Row) -> bool:
+        return learner.ema is not None and float(row[f"ema_{name}"]) >= float(row[f"eval_{name}"])
 
-    return Callbacks(evaluate, task.on_epoch, export)
+    def gather_best(row: Row) -> nn.Module | None:
+        best = learner.networks["ema" if is_average(row) else "eval"]
+        return learner.in_one_piece(best, accelerator.is_main_process)
+
+    def export(row: Row, best: nn.Module) -> None:
+        task.export(best, row, learner.epochs, is_average(row))
+
+    return Callbacks(evaluate, task.on_epoch, gather_best, export)
 
 
 def check_unused(folder: Path, advice: str = "", files: Collection[str] = RUN_FILES) -> None:

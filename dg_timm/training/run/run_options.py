@@ -62,6 +62,12 @@ def add_run_options(
     run.add_argument("--dry-run", action="store_true", help="print what the run would do, and write nothing")
 
 
+def add_sharding_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--fsdp``."""
+    run = parser.add_argument_group("several processes")
+    flag(run, "--fsdp", False, "share the network out over the processes (FSDP2), for one that does not fit in each")
+
+
 def _add_speed_options(run: OptionGroup) -> None:
     run.add_argument(
         "--mixed-precision",

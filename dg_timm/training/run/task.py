@@ -35,6 +35,7 @@ class TrainingTask:
         conclude: (row of the summary, of the best epoch; epochs of the run) -> a line for the end of the run, or None.
         on_epoch: (epoch), is called before each.
         fixed_norms: leave all norm statistics as they are.
+        fsdp: share the network out over the processes; its evaluation keeps them in step.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class TrainingTask:
     conclude: Callable[[Row, int], str | None] = lambda row, epochs: None
     on_epoch: Callable[[int], None] = lambda epoch: None
     fixed_norms: bool = False
+    fsdp: bool = False
 
 
 Build = Callable[[argparse.Namespace, Accelerator, BatchSplit], TrainingTask]
