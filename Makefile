@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests that ask for two threads share two cores with the other worker: who waits should sleep, not spin
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: install quickstart test test-all timm-tests test-floor test-newest check api docs build
+.PHONY: install quickstart test suite test-all timm-tests test-floor test-newest check api docs build
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,10 @@ $(VENV)/.installed: pyproject.toml
 quickstart: install  ## train a dynamic network and its static network on real digits, compare, save, load back, draw
 	$(BIN)/python train_scripts/quickstart.py
 
-test: install check  ## everything CI runs
+test: install  ## everything CI runs: `check` beside the suite
+	$(MAKE) --jobs 2 check suite
+
+suite: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: install check $(VENV)/.docs  ## with the whole zoo, trainings, the site, and the wheel in an empty environment

@@ -20,7 +20,7 @@ from dg_timm._command_line import CommandParser
 from dg_timm.cli.errors import cli_errors
 from dg_timm.detection import config
 from dg_timm.detection.run.build import VAL_BATCH
-from dg_timm.detection.run.dry import dry_run_detector
+from dg_timm.detection.run.dry import dry_run_detector, summarize_detection_data
 from dg_timm.detection.run.results import RESULT_FILES
 from dg_timm.detection.run.saved import evaluate_saved
 from dg_timm.detection.run.task import build_detection_task
@@ -43,6 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         val_batch_size=VAL_BATCH,
     )
     config.add_data_options(parser)
+    data_options.add_summary_option(parser)
     config.add_augmentation_options(parser)
     config.add_detector_options(parser)
     training_options.add_optimization_options(parser)
@@ -63,6 +64,10 @@ def main() -> int:
     def work(accelerator: Accelerator, stop: InterruptFlag) -> None:
         if args.evaluate is not None:
             evaluate_saved(args, accelerator, stop)
+            return
+        if args.data_summary is not None:
+            if accelerator.is_main_process:
+                summarize_detection_data(args, accelerator)
             return
         split = split_batch(args.batch_size, accelerator.num_processes, args.micro_batch)
         if not args.dry_run:

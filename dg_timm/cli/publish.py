@@ -27,6 +27,7 @@ from torch import Tensor
 import dg_timm
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadValue
+from dg_timm._files import atomic_path
 from dg_timm.cli.errors import cli_errors
 from dg_timm.hub.layout import CONFIG, README
 from dg_timm.hub.planning import planned_files
@@ -60,6 +61,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be sent, and send nothing (default: send)"
     )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="a new folder for a copy of what is sent, to look at (default: none)",
+    )
+    parser.add_argument("--json", action="store_true", help="print what was sent as a line of JSON (default: as text)")
     return parser
 
 
@@ -73,10 +81,17 @@ def main(argv: Optional[list[str]] = None) -> int:
 def publish_source(args: argparse.Namespace, scratch: Path) -> int:
     """Show what would be sent and, unless ``--dry-run`` is given, send it; return the exit status."""
     check_repo_id(args.repo_id)
+    if args.output is not None and args.output.exists():
+        raise BadValue(f"--output {args.output} exists already; give a new folder")
     folder = prepare(args, scratch)
-    show(planned_files(folder, args.repo_id), args.repo_id, with_card=args.dry_run)
+    files = planned_files(folder, args.repo_id)
+    if args.output is not None:
+        keep(files, args.output)
+    row = {"repo_id": args.repo_id, "files": {name: size_of(content) for name, content in files.items()}}
+    if not args.json:
+        show(files, args.repo_id, with_card=args.dry_run)
     if args.dry_run:
-        print("\nnothing was sent (--dry-run)")
+        print(json.dumps({**row, "sent": False}) if args.json else "\nnothing was sent (--dry-run)")
         return 0
     done = push_folder(
         folder,
@@ -86,7 +101,9 @@ def publish_source(args: argparse.Namespace, scratch: Path) -> int:
         create_pr=args.create_pr,
         commit_message=args.commit_message,
     )
-    if done.changed:
+    if args.json:
+        print(json.dumps({**row, "sent": done.changed, "commit": done.commit, "url": done.url}))
+    elif done.changed:
         print(f"published: {done.url}")
     else:
         print(f"nothing changed: {done.repo_id} holds this content already, as commit {done.commit}")
@@ -177,12 +194,25 @@ def read_images(folder: Path, model: Any) -> Tensor:
     return torch.stack(images)
 
 
+def keep(files: Mapping[str, str | bytes], folder: Path) -> None:
+    """Write what is sent into a new folder."""
+    with atomic_path(folder) as temporary:
+        for name, content in files.items():
+            place = temporary / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+
+
+def size_of(content: str | bytes) -> int:
+    """The bytes of a file, given as they are or by its path."""
+    return len(content) if isinstance(content, bytes) else Path(content).stat().st_size
+
+
 def show(files: Mapping[str, str | bytes], repo_id: str, with_card: bool) -> None:
     """Print the files with their sizes and, if wanted, the card."""
     print(f"{repo_id}:")
     for name, content in files.items():
-        size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
-        print(f"  {size:>12,} bytes  {name}")
+        print(f"  {size_of(content):>12,} bytes  {name}")
     if with_card:
         card = files[README]
         assert isinstance(card, bytes)

@@ -1,7 +1,9 @@
 """publish.py, as a user runs it."""
 
 import functools
+import json
 import re
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -71,8 +73,15 @@ def test_publish_a_folder_with_pictures(publish, hub, tmp_path):
 def test_publish_a_network_outside_the_zoo(publish, tmp_path):
     """As train.py saves one; this process knows its name, and that of publish.py has to find out."""
     folder = dg_timm.save_pretrained(smallest(), tmp_path / "model")
-    done = publish(folder, "lab/mine")
+    done = publish(folder, "lab/mine", "--json", "--output", tmp_path / "copy")
     assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["repo_id"], row["sent"]) == ("lab/mine", True)
+    assert row["commit"] in row["url"]
+    sent = contents(tmp_path / "copy")
+    assert {name: len(content) for name, content in sent.items()} == row["files"]
+    for name in row["files"]:
+        assert Path(huggingface_hub.hf_hub_download("lab/mine", name)).read_bytes() == sent[name]
     card = huggingface_hub.ModelCard.load("lab/mine").content
     assert card.count('dg_timm.models.register("dg_test_resnet")\nmodel = timm.create_model("hf-hub:lab/mine"') == 5
 
@@ -98,6 +107,7 @@ def test_publish_a_network_that_ships(hub, capsys, name):
         (("dg_regnetx_002", "lab/x", "--max-shard-size", "big"), "max_shard_size must be bytes or for example"),
         ((".", "lab/x", "--card", "a.yaml"), "--card is for models of the zoo"),
         (("dg_regnetx_002", "x"), "'x' names no owner"),
+        (("dg_regnetx_002", "lab/x", "--output", "."), "--output . exists already; give a new folder"),
         (("dg_regnetx_002", "../x"), "'../x' is not a repository id"),
         ((".", "lab/x"), "has no config.json and no README.md; give a folder that save_pretrained wrote"),
     ],
@@ -153,6 +163,6 @@ def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch):
 def test_every_option_has_a_help_text_that_shows_its_default():
     shown = publish_module.make_parser().format_help().partition("options:")[2]
     options = re.split(r"\n  (?=-)", shown)[2:]  # after the heading and --help
-    assert len(options) == 8
+    assert len(options) == 10
     for option in options:
         assert "default:" in " ".join(option.split()), option

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dg_timm._errors import BadValue
 from dg_timm.detection.data import boxes
-from dg_timm.detection.data.annotations import DataOptions, count_shared_images, load_detection
+from dg_timm.detection.data.annotations import DataOptions, load_detection
 from dg_timm.detection.data.boxes import Categories, to_corners
+from dg_timm.detection.data.summary import describe_detection_data, draw_detection_samples
 from tests.helpers.detection import BCCD, with_box, write_coco
 
 
@@ -194,10 +196,44 @@ def test_categories_are_matched_by_name(tmp_path):
     assert splits.test.rows[0].labels.tolist() == [2]
 
 
-def test_images_that_both_files_name_are_counted(tmp_path):
-    splits = load_detection(write_coco(tmp_path))
-    assert count_shared_images(splits) == 3
-    assert count_shared_images(load_detection("digits")) == 0
+def test_images_that_both_files_name_are_evaluated_on_and_not_learned(tmp_path):
+    folder = write_coco(tmp_path)
+    file = tmp_path / "instances_val.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["images"][1]["file_name"] = "1.png"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    splits = load_detection(folder)
+    assert [row.image_id for row in splits.train.rows] == [10, 12]
+    assert splits.test.size == 3
+    assert splits.left_out == (
+        f"1 images in {tmp_path / 'images'} that are in no annotation file that was read",
+        f"1 images of instances_train.json of {folder} from training, because they are evaluated on",
+    )
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].removeprefix("val")
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BadValue, match=r"instances_train.json .* and instances_val.json .* name the same images"):
+        load_detection(folder)
+
+
+def test_a_line_and_a_picture_say_what_the_data_hold(tmp_path):
+    folder = write_coco(tmp_path / "data", annotations=[*with_box([0, 0, 5, 5]), *with_box([5, 5, 0, 0])])
+    Image.new("RGB", (60, 40)).save(tmp_path / "data" / "images" / "unnamed.JPG")
+    splits = load_detection(folder, DataOptions(drop_bad_boxes=True))
+    assert describe_detection_data(splits, "D") == (
+        "data D: 3 images with 3 boxes to train on, 3 images with 2 boxes to evaluate on "
+        f"(instances_val.json of {folder}); 2 classes (a, b); "
+        f"left out: 1 bad boxes of instances_train.json of {folder}; "
+        f"1 images in {folder}/images that are in no annotation file that was read"
+    )
+    assert load_detection("digits").left_out == ()
+    picture = tmp_path / "samples.png"
+    assert draw_detection_samples(splits.train, splits.categories, picture) == 3
+    with Image.open(picture) as drawn:
+        pixels = np.asarray(drawn)
+    assert (pixels == [255, 0, 0]).all(-1).any()  # a box
+    with pytest.raises(BadValue, match="can't be written"):
+        draw_detection_samples(splits.train, splits.categories, tmp_path / "samples.xyz")
 
 
 def test_one_file_is_not_learned_and_evaluated(tmp_path):

@@ -210,4 +210,9 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert process.returncode == 0, process.stderr
     assert re.search(r"faster_rcnn over dg_test_resnet: .* 4 dynamic stages", process.stdout)
     assert "4 images an update = 4 at a time" in process.stdout
+    assert "data digits: " in process.stdout
+    assert not (tmp_path / "run").exists()
+    process = run("detect.py", *TINY, "--data-summary", tmp_path / "samples.png", "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert f"{tmp_path / 'samples.png'} shows 16 of them" in process.stdout
     assert not (tmp_path / "run").exists()

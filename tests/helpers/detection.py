@@ -29,10 +29,15 @@ def make_detector(kind="faster_rcnn", backbone="dg_test_resnet", options=SMALL, 
 
 
 def write_coco(folder: Path, **changed):
-    """A COCO data set of three images, one of them without boxes; ``changed`` replaces parts of the training file."""
+    """A COCO data set of three images, one of them without boxes; ``changed`` replaces parts of the training file.
+
+    The same images under other names are those to evaluate on.
+    """
     (folder / "images").mkdir(parents=True)
     for number in range(3):
-        Image.fromarray(np.full((40, 60, 3), 40 * number, dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+        image = Image.fromarray(np.full((40, 60, 3), 40 * number, dtype=np.uint8))
+        for name in (f"{number}.png", f"val{number}.png"):
+            image.save(folder / "images" / name)
     images = [{"id": 10 + k, "file_name": f"{k}.png", "width": 60, "height": 40} for k in range(3)]
     boxes = [
         {"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 150.0, "iscrowd": 0},
@@ -40,7 +45,8 @@ def write_coco(folder: Path, **changed):
         {"id": 3, "image_id": 11, "category_id": 7, "bbox": [0, 0, 60, 40], "area": 2400, "iscrowd": 1},
     ]
     whole = {"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}
-    (folder / "instances_val.json").write_text(json.dumps(whole), encoding="utf-8")
+    held_out = {**whole, "images": [{**image, "file_name": f"val{image['file_name']}"} for image in images]}
+    (folder / "instances_val.json").write_text(json.dumps(held_out), encoding="utf-8")
     (folder / "instances_train.json").write_text(json.dumps({**whole, **changed}), encoding="utf-8")
     return str(folder)
 

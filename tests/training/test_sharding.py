@@ -1,7 +1,6 @@
 """Networks that are shared out over processes (FSDP2): pieces in processes of their own, and runs of train.py."""
 
 import copy
-import functools
 import shutil
 import sys
 
@@ -22,18 +21,6 @@ from tests.training.kill_and_resume import state
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def in_two_processes(check, tmp_path):
-    """Run ``check(rank)`` in two processes that know each other."""
-    mp.spawn(functools.partial(_in_process, check=check), args=(f"file://{tmp_path}/address",), nprocs=2)
-
-
-def _in_process(rank, address, check):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    check(rank)
-    dist.destroy_process_group()
-
-
 def network():
     torch.manual_seed(0)
     return randomize_graph(randomize(timm.create_model("dg_resnet18", num_classes=5))).train()
@@ -44,6 +31,7 @@ def local_numbers(model):
 
 
 def check_pieces(rank):
+    """A process keeps half of every parameter; what it saves and loads is whole."""
     model = network()
     before = copy.deepcopy(model.state_dict())
     whole = Whole(model)
@@ -74,11 +62,8 @@ def check_pieces(rank):
         assert all(torch.equal(value, again["state"][number][name]) for name, value in of_parameter.items())
 
 
-def test_a_network_is_shared_out_and_made_whole(tmp_path):
-    in_two_processes(check_pieces, tmp_path)
-
-
 def check_static(rank):
+    """A sharded static network predicts the same."""
     for name in ("resnet18", "vit_tiny_patch16_224"):  # blocks that can be told, and none
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=5, **({"img_size": 32} if "vit" in name else {}))
@@ -89,20 +74,13 @@ def check_static(rank):
             assert torch.equal(model.eval()(x), before.eval()(x))
 
 
-def test_a_static_network_is_shared_out(tmp_path):
-    in_two_processes(check_static, tmp_path)
-
-
 def check_steps(rank):
+    """Processes run equally many batches, until one is to stop."""
     all_reduce = HostAllReduce()
     mine = iter([["a", "b", "c"], ["d"]][rank])
     assert list(in_step(mine, lambda: "-", lambda: False, all_reduce.sum)) == [["a", "b", "c"], ["d", "-", "-"]][rank]
     stop = iter([False, rank == 1])
     assert len(list(in_step(iter("abcd"), lambda: "-", lambda: next(stop), all_reduce.sum))) == 1
-
-
-def test_processes_run_equally_many_batches(tmp_path):
-    in_two_processes(check_steps, tmp_path)
 
 
 def check_buffers(rank):
@@ -115,8 +93,20 @@ def check_buffers(rank):
     assert torch.equal(found.positions, torch.arange(4.0))
 
 
-def test_buffers_outside_the_state_dict_are_kept(tmp_path):
-    in_two_processes(check_buffers, tmp_path)
+CHECKS = (check_pieces, check_static, check_steps, check_buffers)
+
+
+def check_all(rank, address):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    for check in CHECKS:
+        check(rank)
+    dist.destroy_process_group()
+
+
+def test_networks_are_shared_out_and_made_whole(tmp_path):
+    """Two processes make all checks above; torch takes seconds to import in each."""
+    mp.spawn(check_all, args=(f"file://{tmp_path}/address",), nprocs=2)
 
 
 OPTIONS = (*NORMED, "--fsdp", "--train-limit", 240, "--val-limit", 65, "--micro-batch", 8, "--opt", "adamw",

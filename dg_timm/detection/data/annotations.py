@@ -1,5 +1,6 @@
 """Both splits of a detection data set, whatever its format."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from dg_timm._errors import BadValue
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.coco import annotation_file, annotation_files, found_files_hint, read_coco
 from dg_timm.detection.data.columns import ColumnTable, open_tables, table_categories
+from dg_timm.training.data.folders import IMAGE_SUFFIXES
 from dg_timm.training.data.splits import HELD_OUT_SPLITS, TRAIN_SPLITS, pick_split
 
 
@@ -66,16 +68,42 @@ def load_detection(
         splits, test_categories = _load_tables(source, options, known)
     if test_categories != splits.categories:
         raise BadValue(f"the categories to evaluate on, {test_categories.by_id}, are not {splits.categories.by_id}")
+    splits = splits._replace(left_out=(*_describe_dropped(splits), *_describe_unnamed(splits)))
+    splits = _without_held_out(splits)
     if options.skip_empty:
         kept = [row for row in splits.train.rows if not row.crowd.all()]
         splits = splits._replace(train=splits.train._replace(rows=kept))
     return splits
 
 
-def count_shared_images(splits: DetectionSplits) -> int:
-    """Count the image files that the annotations of both splits name."""
-    learned, held_out = ({row.source for row in part.rows if part.table is None} for part in splits[:2])
-    return len(learned & held_out)
+def _without_held_out(splits: DetectionSplits) -> DetectionSplits:
+    """Take the images that are evaluated on out of those to learn from."""
+    held_out = {row.source for row in splits.test.rows if splits.test.table is None}
+    kept = [row for row in splits.train.rows if splits.train.table is not None or row.source not in held_out]
+    shared = len(splits.train.rows) - len(kept)
+    if not shared:
+        return splits
+    if not kept:
+        raise BadValue(f"{splits.train.name} and {splits.test.name} name the same images; evaluate on others")
+    said = f"{shared} images of {splits.train.name} from training, because they are evaluated on"
+    return splits._replace(train=splits.train._replace(rows=kept), left_out=(*splits.left_out, said))
+
+
+def _describe_dropped(splits: DetectionSplits) -> list[str]:
+    return [f"{part.dropped} bad boxes of {part.name}" for part in (splits.train, splits.test) if part.dropped]
+
+
+def _describe_unnamed(splits: DetectionSplits) -> list[str]:
+    """Count the images of COCO's folders that no annotation file which was read names."""
+    parts = [part for part in (splits.train, splits.test) if part.folder is not None]
+    named = {os.path.normpath(row.source) for part in parts for row in part.rows}
+    found = []
+    for folder in dict.fromkeys(part.folder for part in parts if part.folder is not None):
+        images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        unnamed = sum(os.path.normpath(path) not in named for path in images)
+        if unnamed:
+            found.append(f"{unnamed} images in {folder} that are in no annotation file that was read")
+    return found
 
 
 def _load_coco(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ class DetectionSplit(NamedTuple):
         name: how messages call the split.
         table: the undecoded images, in a column ``image``; None where images are files.
         dropped: how many bad boxes were left out.
+        folder: that holds the images of a COCO file; None elsewhere.
         streamed: always False: detection reads all annotations before it starts.
     """
 
@@ -78,6 +80,7 @@ class DetectionSplit(NamedTuple):
     name: str
     table: Any = None
     dropped: int = 0
+    folder: Path | None = None
     streamed: bool = False
 
     @property
@@ -96,11 +99,12 @@ class DetectionSplit(NamedTuple):
 
 
 class DetectionSplits(NamedTuple):
-    """Both splits of a data set, and the classes of their boxes."""
+    """Both splits of a data set, the classes of their boxes, and what was left out of them, in words."""
 
     train: DetectionSplit
     test: DetectionSplit
     categories: Categories
+    left_out: tuple[str, ...] = ()
 
 
 def to_corners(box: Sequence[float], box_format: str, size: tuple[int, int]) -> list[float]:

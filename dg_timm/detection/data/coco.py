@@ -89,9 +89,8 @@ def read_coco(
     root = _image_root(file, folder, image_folder, [image["file_name"] for image in images.values()])
     reader = _Reader(file, categories, drop, label_of)
     rows = [reader.annotate(image, annotations[key], str(root / image["file_name"])) for key, image in images.items()]
-    return DetectionSplit(rows, f"{file.name} of {folder}", dropped=reader.validator.finish()), (
-        categories if label_of is None or known is None else known
-    )
+    split = DetectionSplit(rows, f"{file.name} of {folder}", dropped=reader.validator.finish(), folder=root)
+    return split, (categories if label_of is None or known is None else known)
 
 
 def _parse(file: Path) -> Any:

@@ -10,9 +10,10 @@ from timm.layers import convert_sync_batchnorm
 
 from dg_timm._errors import BadValue, MissingPackage
 from dg_timm.detection.backbone import freeze_backbone
-from dg_timm.detection.data.annotations import DataOptions, count_shared_images, load_detection
+from dg_timm.detection.data.annotations import DataOptions, load_detection
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.loading import Augmentation, DetectionCollate, DetectionImages, make_transform
+from dg_timm.detection.data.summary import describe_detection_data
 from dg_timm.detection.detectors import DetectorConfig, create_detector
 from dg_timm.training.data.loader import Loader
 from dg_timm.training.data.samplers import MapSampler, Rank
@@ -47,11 +48,6 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator, known: Categor
     options = {key: getattr(args, key) for key in DataOptions._fields if key != "val_source"}
     with accelerator.local_main_process_first():
         splits = load_detection(args.data, DataOptions(val_source=args.val_data, **options), known=known)
-    for split in (splits.train, splits.test):
-        if split.dropped:
-            accelerator.print(f"{split.name}: left out {split.dropped} bad boxes")
-    if shared := count_shared_images(splits):
-        accelerator.print(f"{args.data}: {shared} images are both learned and evaluated on; the figures flatter")
     splits = splits._replace(
         train=splits.train if known else limit(splits.train, args.train_limit, "--train-limit"),
         test=limit(splits.test, args.val_limit, "--val-limit"),
@@ -60,6 +56,7 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator, known: Categor
         raise BadValue(f"{splits.train.name} has no box to learn from")
     if splits.test.boxes == 0:
         raise BadValue(f"{splits.test.name} has no box to find")
+    accelerator.print(describe_detection_data(splits, args.data), flush=True)
     return splits
 
 

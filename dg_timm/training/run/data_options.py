@@ -100,7 +100,7 @@ def add_summary_option(parser: argparse.ArgumentParser) -> None:
         const="data_summary.png",
         metavar="FILE",
         help="print the source, the rows of each split, the classes and what was left out, save a picture of 16 "
-        "samples (data_summary.png without a FILE), and stop; by default train",
+        "samples (data_summary.png without a FILE), and stop; by default training begins",
     )
 
 
