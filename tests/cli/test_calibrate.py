@@ -1,10 +1,12 @@
 """calibrate.py as a user runs it: the curve of a trained network, and the network at a budget."""
 
+import argparse
 import json
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import dg_timm
 from dg_timm.execution.cascade import cascade_of
@@ -99,3 +101,19 @@ def test_of_gates_a_budget_or_cascade_is_chosen_and_saved(tmp_path):
     refused = run(*common, "--thresholds", 0.5)
     assert refused.returncode == 2
     assert "and --thresholds are for thresholds" in refused.stderr
+
+
+def test_of_a_folder_of_held_out_images_all_are_evaluated_on(tmp_path, capsys):
+    for k in range(20):
+        place = tmp_path / "val" / str(k % 2) / f"{k}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (12 * k, 0, 0)).save(place)
+    model = timm.create_model("dg_cifar_resnet20", num_classes=2).eval()
+    parser = argparse.ArgumentParser()
+    operating_points.add_options(parser)
+    for norms, evaluated in ((0, 20), (8, 4)):  # with norms to refit, some are set aside
+        args = parser.parse_args(["--data", str(tmp_path), "--refit-norms", str(norms)])
+        batches, refit = operating_points.load_batches(argparse.Namespace(model="it", **vars(args)), model)
+        assert sum(int((batch.sample_mask > 0).sum()) for batch in batches) == evaluated
+        assert sum(map(len, refit)) == norms
+        assert f"{evaluated} images to evaluate on" in capsys.readouterr().err

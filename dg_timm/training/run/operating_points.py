@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dg_timm.budget.norms import refit_norms
 from dg_timm.graph.stage import graph_stages, routers
 from dg_timm.training.data.images import Batch
 from dg_timm.training.data.splits import Split
+from dg_timm.training.data.summary import describe_data
 from dg_timm.training.loop.distributed import make_accelerator
 from dg_timm.training.run import data_options
 from dg_timm.training.run.build_data import data_config_of, limit, load_data, make_loader
@@ -53,7 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_batches(args: argparse.Namespace, model: nn.Module) -> tuple[list[Batch], list[Tensor]]:
-    """Load images into memory, preprocessed as the model wants them.
+    """Load images into memory, preprocessed as the model wants them, and say what the data hold.
+
+    Where no norms are refitted, nothing is set aside for that: of a folder of held-out images all are evaluated on.
 
     Args:
         args: options of :func:`add_options`, and ``model``, the network's name.
@@ -65,7 +69,8 @@ def load_batches(args: argparse.Namespace, model: nn.Module) -> tuple[list[Batch
     Raises:
         BadValue: for data that can't be used, or of another number of classes.
     """
-    splits = load_data(args)
+    splits = load_data(args, only_evaluate=not args.refit_norms)
+    print(describe_data(splits, args.data), file=sys.stderr)
     label_names = match_classes(args.model, model, splits, args.data, None)
     config = data_config_of(model, args)
     transform, accelerator = create_transform(**config), make_accelerator(mixed_precision="no")
