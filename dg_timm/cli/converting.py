@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import load_state_dict
 
 from dg_timm._command_line import CommandParser
 from dg_timm._errors import BadState, BadValue
@@ -26,13 +24,10 @@ from dg_timm.cli.errors import cli_errors
 from dg_timm.conversion.convert import dynamize
 from dg_timm.graph.stage import graph_stages
 from dg_timm.hub.card import Card
-from dg_timm.hub.layout import WEIGHTS, managed_files
+from dg_timm.hub.layout import managed_files
 from dg_timm.hub.save import save_pretrained
 from dg_timm.models.registry import try_register
 from dg_timm.training.run import networks
-
-_WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")
-_WRAPPER = "timm_model."  # before every name that transformers' Trainer saves
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,42 +49,15 @@ def load_static(source: str, arch: str | None = None, random: bool = False) -> A
     """
     path = Path(source.removeprefix("local-dir:"))
     if path.is_dir():
-        config = networks.read_config(path)
-        files = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
-        if not files:
-            raise BadValue(f"{path} holds no weights ({' or '.join(_WEIGHT_FILES)})")
-        return _load_checkpoint(str(config.get("architecture", "")), config, files[0])
+        arch = str(networks.read_config(path).get("architecture", ""))
+        if arch.startswith("dg_"):
+            raise BadValue(f"{path} is a dynamic network ({arch}) already")
+        return networks.load_folder(path)
     if path.is_file():
         if arch is None:
             raise BadValue(f"{source} does not tell which model it is of; give --arch, e.g. --arch resnet18")
-        return _load_checkpoint(arch, {}, path)
+        return networks.load_file(arch, {}, path)
     return networks.create(source, pretrained=not random and not networks.implies_pretrained(source))
-
-
-def _load_checkpoint(arch: str, config: dict[str, Any], file: Path) -> Any:
-    if arch.startswith("dg_"):
-        raise BadValue(f"{file.parent} is a dynamic network ({arch}) already")
-    networks.implies_pretrained(arch)  # names the nearest model if there is none
-    try:
-        state = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # unpickling raises what it likes
-        raise BadValue(f"{file} can't be read as weights: {str(error).splitlines()[0]}") from error
-    state = {key.removeprefix(_WRAPPER): value for key, value in state.items()}
-    options: dict[str, Any] = dict(config.get("model_args") or {})
-    head = state.get(f"{timm.get_pretrained_cfg_value(arch, 'classifier')}.weight")
-    options["num_classes"] = config.get("num_classes") or (len(head) if head is not None else 0)
-    cfg = config.get("pretrained_cfg")
-    if cfg:
-        options |= {"pretrained_cfg": {key: tuple(v) if isinstance(v, list) else v for key, v in cfg.items()}}
-        options.setdefault("in_chans", cfg["input_size"][0])
-    try:
-        model: Any = timm.create_model(arch, **options)
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise BadValue(f"{file} is no checkpoint of {arch}: {' '.join(str(error).split())[:300]}") from error
-    if config.get("label_names"):
-        model.pretrained_cfg["label_names"] = config["label_names"]
-    return model
 
 
 def convert_network(model: Any, source: str, folder: Path) -> dict[str, Any]:

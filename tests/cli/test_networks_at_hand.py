@@ -12,7 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dg_timm
+from dg_timm._errors import BadValue
+from dg_timm.cli.loading import class_names
 from dg_timm.cli.pictures import read_picture
+from dg_timm.training.run import networks
 from dg_timm_cli import main
 
 SHIPPED = "dg_cifar_resnet26.cifar10"
@@ -133,6 +136,19 @@ def test_convert_reads_what_a_trainer_saved(tmp_path, monkeypatch, capsys, prefi
     assert "holds README.md" in capsys.readouterr().err
     assert main(["convert", "converted", "-o", "again"]) == 2
     assert "is a dynamic network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["", "timm_model."])
+def test_what_a_trainer_saved_predicts_as_it_is(tmp_path, prefix):
+    static = trainer_folder(tmp_path / "trained", prefix)
+    model = networks.create(str(tmp_path / "trained")).eval()
+    images = torch.randn(2, *static.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert torch.equal(model(images), static(images))
+    assert class_names(model) == ["a", "b", "c"]
+    assert networks.create(str(tmp_path / "trained"), num_classes=5)(images).shape == (2, 5)
+    with pytest.raises(BadValue, match="drop_rate: not for a folder that transformers saved; write it anew with"):
+        networks.create(str(tmp_path / "trained"), drop_rate=0.1)
 
 
 def test_convert_reads_a_file_of_weights(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from torch import nn
 
 import dg_timm
 from dg_timm.graph.stage import graph_stages
+from dg_timm.training.run import networks
 from tests.helpers.imports import quietly_import
 from tests.helpers.networks import FAMILIES, QUICK_FAMILIES, static_and_dynamic
 from tests.helpers.publishing import small
@@ -65,6 +66,18 @@ def test_transformers_reads_shards(transformers, tmp_path):
     model = small()
     folder = dg_timm.save_pretrained(model, tmp_path / "net", max_shard_size="3MB")
     same_network(load(transformers, folder).eval(), model)
+
+
+def test_we_read_what_transformers_saves(transformers, tmp_path):
+    """Its config.json has no model_args, and fields that timm does not know; of a static network and of ours."""
+    config = transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+    theirs = transformers.TimmWrapperForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "static")
+    same_network(theirs, networks.create(str(tmp_path / "static")).eval())
+    folder = dg_timm.save_pretrained(small(), tmp_path / "net", label_names=LABELS)
+    theirs = load(transformers, folder).eval()
+    theirs.save_pretrained(tmp_path / "dynamic")
+    same_network(theirs, networks.create(str(tmp_path / "dynamic")).eval())
 
 
 def test_transformers_pipeline(transformers, tmp_path):

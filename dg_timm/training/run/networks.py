@@ -2,20 +2,24 @@
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
-from timm.models import load_model_config_from_hf
+from timm.models import load_model_config_from_hf, load_state_dict
 from torch import nn
 
 from dg_timm._errors import BadValue, UserError
 from dg_timm.graph.stage import GATE_OPTIONS, GRAPH_OPTIONS
 from dg_timm.hub.labeling import SINGLE, Labeling, labeling_in, labeling_of
+from dg_timm.hub.layout import WEIGHTS
 from dg_timm.models import registry as zoo
 
 TimmModel = Any  # an nn.Module with timm's attributes
+_WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")
+_WRAPPER = "timm_model."  # before every name that transformers' Trainer saves
 
 
 def create(
@@ -55,6 +59,8 @@ def create(
         classes = _classes_in(name, file, needed=not options.get("features_only"))
         overlay = dict(file=str(file), num_classes=classes, url="", hf_hub_id=None)
         options = _graph_options(name, file) | options | dict(pretrained_cfg_overlay=overlay)
+    elif folder and (place := _of_transformers(name)) is not None:
+        return _with_classes(load_folder(place), options)
     try:
         model = timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
         noted = labeling_of(model) if initial_checkpoint is None else _labeling_beside(file, classes, model)
@@ -65,6 +71,75 @@ def create(
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         # of timm: weights that are missing or do not fit, tags and options that the model does not have
         raise BadValue(f"{name}: {error}") from error
+
+
+def load_folder(folder: Path) -> TimmModel:
+    """Load a model that timm, train.py or transformers' Trainer saved.
+
+    Raises:
+        BadValue: if there are no weights, or they do not fit.
+    """
+    config = read_config(folder)
+    files = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not files:
+        raise BadValue(f"{folder} holds no weights ({' or '.join(_WEIGHT_FILES)})")
+    return load_file(str(config.get("architecture", "")), config, files[0])
+
+
+def load_file(arch: str, config: Mapping[str, Any], file: Path) -> TimmModel:
+    """Load weights of a model, with or without the prefix that transformers' Trainer puts before their names.
+
+    Args:
+        arch: timm's name of the model.
+        config: content of a config.json, or nothing.
+        file: safetensors, or a pickle, of which only tensors are read.
+
+    Raises:
+        BadValue: if they can't be read or do not fit.
+    """
+    implies_pretrained(arch)  # names the nearest model if there is none
+    try:
+        state = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # unpickling raises what it likes
+        raise BadValue(f"{file} can't be read as weights: {str(error).splitlines()[0]}") from error
+    state = {key.removeprefix(_WRAPPER): value for key, value in state.items()}
+    options: dict[str, Any] = dict(config.get("model_args") or {})
+    head = state.get(f"{timm.get_pretrained_cfg_value(arch, 'classifier')}.weight")
+    options["num_classes"] = config.get("num_classes") or (len(head) if head is not None else 0)
+    cfg = config.get("pretrained_cfg")
+    if cfg:
+        options |= {"pretrained_cfg": {key: tuple(v) if isinstance(v, list) else v for key, v in cfg.items()}}
+        options.setdefault("in_chans", cfg["input_size"][0])
+    try:
+        model: TimmModel = timm.create_model(arch, **options)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BadValue(f"{file} is no checkpoint of {arch}: {' '.join(str(error).split())[:300]}") from error
+    if config.get("label_names"):
+        model.pretrained_cfg["label_names"] = config["label_names"]
+    model.pretrained_cfg["num_classes"] = model.num_classes
+    return model
+
+
+def _with_classes(model: TimmModel, options: dict[str, Any]) -> TimmModel:
+    """Give a loaded model another number of classes; refuse other options, which are those of a model to be made."""
+    others = sorted(key for key in options if key not in ("num_classes", "in_chans"))
+    if others or options.get("in_chans", model.in_chans) != model.in_chans:
+        named = ", ".join(others or ["in_chans"])
+        raise BadValue(f"{named}: not for a folder that transformers saved; write it anew with dg-timm convert first")
+    if options.get("num_classes", model.num_classes) != model.num_classes:
+        model.reset_classifier(options["num_classes"])
+    return model
+
+
+def _of_transformers(name: str) -> Path | None:
+    """The folder that transformers' Trainer saved of a timm model, whose config.json timm does not read."""
+    kind, _, place = name.partition(":")
+    if kind != "local-dir":
+        return None
+    config = read_config(Path(place))
+    is_theirs = config.get("model_type") == "timm_wrapper" or ("model_args" in config and config["model_args"] is None)
+    return Path(place) if is_theirs else None
 
 
 def _labeling_beside(weights: Path, classes: int, model: TimmModel) -> Labeling:
