@@ -68,10 +68,12 @@ def run_chunks(run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> Tenso
 
 def may_run(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
     """Whether a dense stage may run in this many chunks: its bits are nobody's promise, or they are the same."""
-    promised = all(router.is_identity() for router in stage.children() if isinstance(router, Router))
-    if promised or not all(map(_is_known, stage.modules())):
-        return is_exact(stage, run, x, chunks)
-    return True
+    finding = _known.get(stage, {}).get(_setting(x, chunks))
+    if finding is None or not finding.is_exact:
+        promised = all(router.is_identity() for router in stage.children() if isinstance(router, Router))
+        if not promised and all(map(_is_known, stage.modules())):
+            return True
+    return is_exact(stage, run, x, chunks)
 
 
 def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
@@ -80,7 +82,7 @@ def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks:
     The first call for a shape says no, so that a shape that never comes again costs nothing; the second one finds out.
     """
     known = _known.setdefault(stage, {})
-    setting = (x.shape, x.stride(), x.dtype, chunks, *_algorithms())
+    setting = _setting(x, chunks)
     modules = list(stage.modules())
     if not all(map(_is_known, modules)):
         return False
@@ -102,9 +104,13 @@ def _are_same(before: list[weakref.ref[nn.Module]], now: list[nn.Module]) -> boo
     return len(before) == len(now) and all(ref() is module for ref, module in zip(before, now, strict=True))
 
 
-def _algorithms() -> tuple[object, ...]:
-    """What decides which algorithm torch takes for a layer on a CPU, besides shapes."""
+def _setting(x: Tensor, chunks: int) -> tuple[object, ...]:
+    """What decides how a stage rounds: the batch, and which algorithms torch takes for its layers on a CPU."""
     return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        chunks,
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
