@@ -9,8 +9,10 @@ change no bit: once for each shape that comes again, on random maps, for this ma
 network's bits from elsewhere: it runs in chunks from its first call on, and sparse execution does, too.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from dg_timm import _compat
 from dg_timm.execution.sparse import BATCH_NORMS
+from dg_timm.graph.gate import Gate
 from dg_timm.graph.router import Router
 from dg_timm.graph.stage import DGStage
 
@@ -66,20 +69,29 @@ def run_chunks(run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> Tenso
     return torch.cat([run(chunk) for chunk in x.tensor_split(chunks)]) if chunks > 1 else run(x)
 
 
-def may_run(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
-    """Whether a dense stage may run in this many chunks: its bits are nobody's promise, or they are the same."""
+def may_run(stage: DGStage, run_by: Callable[[DGStage, Tensor], Tensor], x: Tensor, chunks: int) -> bool:
+    """Whether a dense stage may run in this many chunks: its bits are nobody's promise, or they are the same.
+
+    Args:
+        stage: about to run.
+        run_by: runs a stage, this one or a copy, as this one is about to.
+        x: its whole batch.
+        chunks: how many.
+    """
     finding = _known.get(stage, {}).get(_setting(x, chunks))
     if finding is None or not finding.is_exact:
         promised = all(router.is_identity() for router in stage.children() if isinstance(router, Router))
         if not promised and all(map(_is_known, stage.modules())):
             return True
-    return is_exact(stage, run, x, chunks)
+    return is_exact(stage, run_by, x, chunks)
 
 
-def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> bool:
+def is_exact(stage: DGStage, run_by: Callable[[DGStage, Tensor], Tensor], x: Tensor, chunks: int) -> bool:
     """Whether this many chunks are known to give what the whole batch gives, to the bit.
 
     The first call for a shape says no, so that a shape that never comes again costs nothing; the second one finds out.
+    A copy with other weights tells, because some weights hide what a layer rounds (a norm that starts at 0), and
+    weights change.
     """
     known = _known.setdefault(stage, {})
     setting = _setting(x, chunks)
@@ -95,9 +107,23 @@ def is_exact(stage: DGStage, run: Callable[[Tensor], Tensor], x: Tensor, chunks:
     if finding.is_exact is None:
         generator = torch.Generator().manual_seed(0)  # no random number of the user's is drawn
         probe = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+        run = partial(run_by, _with_random_blocks(stage, generator))
         finding = finding._replace(is_exact=torch.equal(run(probe), run_chunks(run, probe, chunks)))
         known[setting] = finding
     return bool(finding.is_exact)
+
+
+def _with_random_blocks(stage: DGStage, generator: torch.Generator) -> DGStage:
+    """Copy a stage; its blocks get weights that hide nothing and keep features in range, its graph stays."""
+    twin = copy.deepcopy(stage)
+    kept = {id(t) for m in twin.modules() if isinstance(m, (Router, Gate)) for t in (*m.parameters(), *m.buffers())}
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            values = torch.rand(tensor.shape, generator=generator)  # 0.5 to 1.5: also variances, and scales of norms
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+            with torch.no_grad():
+                tensor.copy_((values - 0.5) * (12 / fan_in) ** 0.5 if fan_in else values + 0.5)
+    return twin
 
 
 def _are_same(before: list[weakref.ref[nn.Module]], now: list[nn.Module]) -> bool:

@@ -26,14 +26,16 @@ def run_stage(stage: DGStage, x: Tensor) -> Tensor:
     topology = stage.topology if execution == "fixed" else stage.edges
     plain = operators.is_plain(x)
 
-    def run(x: Tensor) -> Tensor:
+    def run_by(stage: DGStage, x: Tensor) -> Tensor:
         return stage.run(_executor(stage, topology, plain, asked), x)
+
+    run = partial(run_by, stage)
 
     watched = asked.recorder is not None or asked.gates is not None
     chunks = chunking.num_chunks(stage, x) if plain and not watched else 1
     if chunks > 1:
         with by_image():
-            return chunking.run_chunks(run, x, chunks if chunking.may_run(stage, run, x, chunks) else 1)
+            return chunking.run_chunks(run, x, chunks if chunking.may_run(stage, run_by, x, chunks) else 1)
     out = run(x)
     if plain and out.requires_grad and (execution == "fixed" or _has_fixed_threshold(stage, asked) or _is_open(stage)):
         unused = unused_parameters(stage, topology, asked.threshold is not None)

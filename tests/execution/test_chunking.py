@@ -15,7 +15,7 @@ from dg_timm.graph.context import requesting
 from dg_timm.graph.gate import gates
 from dg_timm.graph.stage import graph_stages
 from tests.helpers.maps import LAYOUTS
-from tests.helpers.networks import randomize_graph, static_and_dynamic
+from tests.helpers.networks import randomize, randomize_graph, static_and_dynamic
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,20 @@ def test_the_first_call_of_a_shape_costs_nothing_and_the_second_finds_out():
     chunks = seen[3]
     assert len(chunks) > 1
     assert seen == [[8], [8, *chunks, *chunks], chunks, chunks, [6]]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_what_weights_hide_is_found_out(size):
+    """In a new ResNet every block's last norm is 0; how its convolutions round shows with other weights alone."""
+    static = randomize(timm.create_model("resnet26", num_classes=5))
+    model = dg_timm.dynamize(timm.create_model("resnet26", num_classes=5).eval())
+    x = torch.randn(16, 3, size, size)
+    with torch.inference_mode():
+        warmed_up(model, x)
+        assert chunking._known
+        model.load_state_dict(static.state_dict())
+        for _ in range(3):
+            assert torch.equal(model(x), static(x))
 
 
 class DependsOnTheBatch(nn.Module):
