@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dg_timm._errors import BadValue
@@ -57,6 +57,19 @@ def atomic_write(target: str | Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes through :func:`atomic_path`."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def real_paths(paths: Iterable[str]) -> list[str]:
+    """Write every path as the file system has it, so that two names of a file are one; asks once for each folder."""
+    folders: dict[str, str] = {}
+    found = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        place = os.path.join(folders[folder], name)
+        found.append(os.path.realpath(place) if os.path.islink(place) or name == ".." else place)
+    return found
 
 
 def put_in_place(source: str | Path, target: str | Path) -> None:

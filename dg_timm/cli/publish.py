@@ -20,7 +20,6 @@ from typing import Any, Optional
 
 import timm
 import torch
-from PIL import Image
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from dg_timm.hub.planning import planned_files
 from dg_timm.hub.push import check_repo_id, push_folder
 from dg_timm.hub.save import attach_wiring_picture
 from dg_timm.models.registry import BUNDLED, STATIC_MODELS, try_register
+from dg_timm.training.data.decoding import decode_image, describe
 
 CARDS = Path(__file__).parents[2] / "hub_cards"  # of the repository; an installed package has none
 PICTURES = 4  # drawn on the card
@@ -188,9 +188,9 @@ def read_images(folder: Path, model: Any) -> Tensor:
     images = []
     for file in files[:PICTURES]:
         try:
-            images.append(transform(Image.open(file).convert("RGB")))
-        except OSError as error:  # Pillow's own error is one
-            raise BadValue(f"--images: can't read {file}: {error}") from error
+            images.append(transform(decode_image(str(file), "RGB")))
+        except Exception as error:  # decoders raise anything
+            raise BadValue(f"--images: can't read {file}: {describe(error)}") from error
     return torch.stack(images)
 
 

@@ -147,6 +147,10 @@ def test_what_a_trainer_saved_predicts_as_it_is(tmp_path, prefix):
         assert torch.equal(model(images), static(images))
     assert class_names(model) == ["a", "b", "c"]
     assert networks.create(str(tmp_path / "trained"), num_classes=5)(images).shape == (2, 5)
+    dynamic = networks.create("dg_test_resnet", initial_checkpoint=str(tmp_path / "trained")).eval()
+    with torch.no_grad():
+        assert torch.equal(dynamic(images), static(images))
+    assert "state_dict" not in dynamic.pretrained_cfg
     with pytest.raises(BadValue, match="drop_rate: not for a folder that transformers saved; write it anew with"):
         networks.create(str(tmp_path / "trained"), drop_rate=0.1)
 

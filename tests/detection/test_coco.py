@@ -71,6 +71,13 @@ def test_bad_boxes_are_named_or_counted(tmp_path, box, what):
      (dict(images=["0.png"]), "an image of .* has no id: '0.png'"),
      (dict(images=[]), "has no images"),
      (dict(categories=[]), "has no categories"),
+     (dict(categories=[{"id": True, "name": "a"}]), "has no id or name: .*True"),
+     (dict(categories=[{"id": 2.7, "name": None}]), "has no id or name: .*2.7"),
+     (dict(annotations=with_box("1199")), "the box '1199', which is not four numbers"),
+     (dict(annotations=with_box([True, 1, 9, 9])), "which is not four numbers"),
+     (dict(annotations=with_box([0, 0, 5, 5], category_id=True)), "category id True"),
+     (dict(images=[{"id": k, "file_name": "0.png", "width": 60, "height": 40} for k in (10, 11, 12)]),
+      "3 images of .* name the file 0.png"),
      (dict(categories="b"), "no list of categories"),
      (dict(categories=[{"id": 3, "name": "a"}, {"id": 7, "name": "c"}], annotations=with_box([0, 0, 5, 5])),
       r"the categories to evaluate on, \{3: 'a', 7: 'b'\}, are not \{3: 'a', 7: 'c'\}"),
@@ -209,6 +216,9 @@ def test_images_that_both_files_name_are_evaluated_on_and_not_learned(tmp_path):
         f"1 images in {tmp_path / 'images'} that are in no annotation file that was read",
         f"1 images of instances_train.json of {folder} from training, because they are evaluated on",
     )
+    other_way = load_detection(folder, DataOptions(val_source=f"{folder}/images/.."))
+    assert [row.image_id for row in other_way.train.rows] == [10, 12]
+    assert other_way.left_out == splits.left_out
     for image in content["images"]:
         image["file_name"] = image["file_name"].removeprefix("val")
     file.write_text(json.dumps(content), encoding="utf-8")

@@ -96,7 +96,7 @@ def test_side_files_are_counted(tmp_path):
     assert set(splits.left_out) == {"8 .txt files", "1 .json files", "1 files without a suffix", "3 hidden files",
                                     "1 images outside any class folder", "1 empty folders (emu)"}  # fmt: skip
     line = describe_data(splits, "pets")
-    assert line.startswith("data pets: 12 images to train on, 4 images to evaluate on (20 % of ")
+    assert line.startswith("data pets: 12 images to train on, 4 images to evaluate on (25 % of ")
     assert "2 classes (cat, dog); left out: " in line
     assert "8 .txt files" in line
 

@@ -159,3 +159,50 @@ def test_a_saved_parquet_data_set_without_images_is_refused(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(BadValue, match=r"no image column; its columns are text"):
         load_splits(str(tmp_path))
+
+
+def pictures(place, count=6):
+    for k in range(count):
+        (place / str(k % 2)).mkdir(parents=True, exist_ok=True)
+        (place / str(k % 2) / f"{k}.png").write_bytes(png(k))
+
+
+def files_in(split):
+    return {row["image"]["path"] for row in split.rows}
+
+
+def test_images_that_are_evaluated_on_are_not_learned(tmp_path):
+    pictures(tmp_path / "data" / "train", 8)
+    (tmp_path / "data" / "val" / "0").mkdir(parents=True)
+    (tmp_path / "data" / "val" / "0" / "9.png").write_bytes(png(9))
+    with pytest.raises(BadValue, match=r"hold the same images; give others to evaluate on \(--val-data\)"):
+        load_splits(str(tmp_path / "data"), val_source=str(tmp_path / "data" / "train"))
+    some = tmp_path / "some" / "0"
+    some.mkdir(parents=True)
+    (some / "link.png").symlink_to(tmp_path / "data" / "train" / "0" / "2.png")
+    (some / "new.png").write_bytes(png(10))
+    splits = load_splits(str(tmp_path / "data"), val_source=str(tmp_path / "some"))
+    assert (splits.train.size, splits.test.size) == (7, 2)
+    assert not any(path.endswith("0/2.png") for path in files_in(splits.train))
+    assert any("1 images of the training split" in said and "evaluated on" in said for said in splits.left_out)
+
+
+def test_a_table_that_names_a_file_twice_does_not_learn_what_it_evaluates(tmp_path):
+    pictures(tmp_path)
+    rows = ["file_name,label,split", *(f"{k % 2}/{k}.png,{k % 2},train" for k in range(6)), "0/0.png,0,val"]
+    (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
+    splits = load_splits(str(tmp_path / "list.csv"))
+    assert (splits.train.size, splits.test.size) == (5, 1)
+    twice = ["file_name,label", *(f"{k % 2}/{k}.png,{k % 2}" for k in range(6))]
+    (tmp_path / "twice.csv").write_text("\n".join([*twice, *twice[1:]]), encoding="utf-8")
+    splits = load_splits(str(tmp_path / "twice.csv"))
+    assert not files_in(splits.train) & files_in(splits.test)
+
+
+def test_a_row_without_a_split_is_refused(tmp_path):
+    pictures(tmp_path, 3)
+    (tmp_path / "list.csv").write_text(
+        "file_name,label,split\n0/0.png,0,train\n1/1.png,1, \n0/2.png,0,val\n", encoding="utf-8"
+    )
+    with pytest.raises(BadValue, match=r"1 rows of .*list.csv have no split; name one for each row, or leave"):
+        load_splits(str(tmp_path / "list.csv"))

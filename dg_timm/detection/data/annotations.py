@@ -1,10 +1,10 @@
 """Both splits of a detection data set, whatever its format."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from dg_timm._errors import BadValue
+from dg_timm._files import real_paths
 from dg_timm.detection.data.boxes import Categories, DetectionSplit, DetectionSplits
 from dg_timm.detection.data.coco import annotation_file, annotation_files, found_files_hint, read_coco
 from dg_timm.detection.data.columns import ColumnTable, open_tables, table_categories
@@ -78,8 +78,11 @@ def load_detection(
 
 def _without_held_out(splits: DetectionSplits) -> DetectionSplits:
     """Take the images that are evaluated on out of those to learn from."""
-    held_out = {row.source for row in splits.test.rows if splits.test.table is None}
-    kept = [row for row in splits.train.rows if splits.train.table is not None or row.source not in held_out]
+    if splits.train.table is not None or splits.test.table is not None:
+        return splits
+    held_out = set(real_paths(row.source for row in splits.test.rows))
+    places = real_paths(row.source for row in splits.train.rows)
+    kept = [row for row, place in zip(splits.train.rows, places, strict=True) if place not in held_out]
     shared = len(splits.train.rows) - len(kept)
     if not shared:
         return splits
@@ -96,11 +99,11 @@ def _describe_dropped(splits: DetectionSplits) -> list[str]:
 def _describe_unnamed(splits: DetectionSplits) -> list[str]:
     """Count the images of COCO's folders that no annotation file which was read names."""
     parts = [part for part in (splits.train, splits.test) if part.folder is not None]
-    named = {os.path.normpath(row.source) for part in parts for row in part.rows}
+    named = set(real_paths(row.source for part in parts for row in part.rows))
     found = []
-    for folder in dict.fromkeys(part.folder for part in parts if part.folder is not None):
-        images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        unnamed = sum(os.path.normpath(path) not in named for path in images)
+    for folder in dict.fromkeys(part.folder.resolve() for part in parts if part.folder is not None):
+        images = (str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        unnamed = sum(path not in named for path in real_paths(images))
         if unnamed:
             found.append(f"{unnamed} images in {folder} that are in no annotation file that was read")
     return found

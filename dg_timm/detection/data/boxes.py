@@ -146,6 +146,8 @@ class BoxValidator:
             where: how messages call the box.
         """
         try:
+            if isinstance(given, (str, bytes)) or any(isinstance(value, bool) for value in given):
+                raise TypeError("no numbers")
             numbers = [float(value) for value in given]
             # checked in the precision in which boxes are kept: a very thin box may vanish in float32
             corners = [float(value) for value in np.asarray(to_corners(numbers, box_format, size), dtype=np.float32)]

@@ -1,6 +1,7 @@
 """COCO annotation files and the images that they name."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,11 @@ def _parse(file: Path) -> Any:
 
 
 def _categories(listed: list[Any], file: Path) -> Categories:
-    try:
-        by_id = {int(category["id"]): str(category["name"]) for category in listed}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadValue(f"a category of {file} has no id or name: {listed}") from error
+    for category in listed:
+        number, name = (category.get("id"), category.get("name")) if isinstance(category, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(name, str) or not name.strip():
+            raise BadValue(f"a category of {file} has no id or name: {category!r}; an id is an integer, a name a text")
+    by_id = {category["id"]: category["name"] for category in listed}
     if len(by_id) != len(listed):
         raise BadValue(f"two categories of {file} have the same id: {listed}")
     return Categories([by_id[key] for key in sorted(by_id)], sorted(by_id))
@@ -130,6 +132,10 @@ def _images_by_id(listed: list[Any], file: Path) -> dict[Any, Any]:
         if image["id"] in images:
             raise BadValue(f"{file} has two images with the id {image['id']}")
         images[image["id"]] = image
+    files = Counter(image["file_name"] for image in images.values())
+    name, times = files.most_common(1)[0]
+    if times > 1:
+        raise BadValue(f"{times} images of {file} name the file {name}; give it once, with all of its boxes")
     return images
 
 
@@ -160,7 +166,8 @@ class _Reader:
         for annotation in annotations:
             where = f"annotation {annotation.get('id')} of image {image['id']} ({image['file_name']})"
             category = annotation.get("category_id")
-            label = self.label_of.get(category) if isinstance(category, int) else None
+            is_number = isinstance(category, int) and not isinstance(category, bool)
+            label = self.label_of.get(category) if is_number else None
             if label is None:
                 raise BadValue(
                     f"{where} in {self.file} has the category id {category!r}; the categories of the file are "

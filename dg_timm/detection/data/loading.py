@@ -15,8 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dg_timm.detection.data.boxes import DetectionSplit
-from dg_timm.training.data.decoding import decode_image
-from dg_timm.training.data.images import Unreadable, describe
+from dg_timm.training.data.decoding import decode_image, describe
+from dg_timm.training.data.images import Unreadable
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
 

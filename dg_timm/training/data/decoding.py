@@ -72,3 +72,9 @@ def to_mode(image: Image.Image, mode: str, file_format: str | None = None) -> Im
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind}, whose range is not known; save it with 8 or 16 bits")
     return image.convert(mode)
+
+
+def describe(error: Exception) -> str:
+    """Say what a decoder raised, with the kind of error where its text alone says little."""
+    text = str(error)
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__} {text}".strip()

@@ -79,6 +79,9 @@ def open_list(file: Path, image_key: str | None) -> dict[str, Dataset]:
     table["image"] = paths
     if "split" not in table.columns:
         return {"train": _as_data_set(table)}
+    empty = sum(not str(name).strip() for name in table["split"].fillna(""))
+    if empty:
+        raise BadValue(f"{empty} rows of {file} have no split; name one for each row, or leave the column out")
     return {str(name): _as_data_set(rows.drop(columns="split")) for name, rows in table.groupby("split", sort=False)}
 
 

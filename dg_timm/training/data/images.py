@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dg_timm.training.data.decoding import decode_image
+from dg_timm.training.data.decoding import decode_image, describe
 from dg_timm.training.data.label_forms import Encoder, Target
 from dg_timm.training.data.samplers import SampleKey
 from dg_timm.training.data.seeding import seeded
@@ -57,12 +57,6 @@ class Unreadable(NamedTuple):
     """Stand for a row whose image can't be decoded; ``where`` names the row and the reason."""
 
     where: str
-
-
-def describe(error: Exception) -> str:
-    """Say what a decoder raised, with the kind of error where its text alone says little."""
-    text = str(error)
-    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__} {text}".strip()
 
 
 class Images(Dataset[Any]):

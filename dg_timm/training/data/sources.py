@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from datasets import Image, IterableDataset
 
 from dg_timm._errors import BadValue
+from dg_timm._files import real_paths
 from dg_timm.hub.labeling import SINGLE, Labeling
 from dg_timm.training.data.columns import Asked, Columns, find_columns
 from dg_timm.training.data.labels import find_labeled, name_classes, set_aside
@@ -70,9 +71,34 @@ def load_splits(
         return Splits(Split(None, f"nothing of {source}", 0), test, names, tuple(reader.left_out))
     train, names = reader.read(found.train, source, "training", label_names, num_classes)
     if found.test is None:
-        return Splits(*_divide(train, test_fraction, seed, source), names, tuple(reader.left_out))
+        train, test = _divide(train, test_fraction, seed, source)
+        return Splits(_without_held_out(train, test, reader.left_out), test, names, tuple(reader.left_out))
     test = reader.read_other(found.test, val_source, names)
+    if not only_evaluate:
+        train = _without_held_out(train, test, reader.left_out)
     return Splits(train, test, names, tuple(reader.left_out))
+
+
+def _without_held_out(train: Split, test: Split, left_out: list[str]) -> Split:
+    """Take the image files that are evaluated on out of those to train on; rows that hold their images are left."""
+    learned, held_out = _files_of(train), _files_of(test)
+    if learned is None or held_out is None:
+        return train
+    evaluated = set(held_out)
+    kept = [row for row, file in enumerate(learned) if file not in evaluated]
+    if not kept:
+        raise BadValue(f"{train.name} and {test.name} hold the same images; give others to evaluate on (--val-data)")
+    if len(kept) == len(learned):
+        return train
+    left_out.append(f"{len(learned) - len(kept)} images of {train.name}, because they are evaluated on")
+    return train.select(kept)
+
+
+def _files_of(split: Split) -> list[str] | None:
+    """The image files of a split, as the file system has them; None where rows hold their images, or are a stream."""
+    if split.streamed or not split.size or split.rows[0]["image"]["bytes"] is not None:
+        return None
+    return real_paths(image["path"] or "" for image in split.rows.select_columns(["image"])[:]["image"])
 
 
 def _divide(split: Split, fraction: float, seed: int, source: str) -> tuple[Split, Split]:
@@ -81,7 +107,7 @@ def _divide(split: Split, fraction: float, seed: int, source: str) -> tuple[Spli
         kept, aside = set_aside(split.rows.select_columns(["label"])[:]["label"], fraction, seed, source)
     else:
         kept, aside = set_aside_rows(len(split.rows), fraction, seed, source)
-    return split.select(kept), split.select(aside, f"{100 * fraction:.0f} % of {source}, set aside")
+    return split.select(kept), split.select(aside, f"{100 * len(aside) / len(split.rows):.0f} % of {source}, set aside")
 
 
 class _Found(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file as read_tensors
 from timm.models import load_model_config_from_hf, load_state_dict
 from torch import nn
 
@@ -57,7 +58,10 @@ def create(
             raise BadValue(f"{source} and the checkpoint {initial_checkpoint} both name weights; give one of them")
         file = _weights_file(initial_checkpoint)
         classes = _classes_in(name, file, needed=not options.get("features_only"))
-        overlay = dict(file=str(file), num_classes=classes, url="", hf_hub_id=None)
+        weights: dict[str, Any] = {"file": str(file)}
+        if _is_wrapped(file):
+            weights = {"state_dict": {key.removeprefix(_WRAPPER): value for key, value in read_tensors(file).items()}}
+        overlay = dict(**weights, num_classes=classes, url="", hf_hub_id=None)
         options = _graph_options(name, file) | options | dict(pretrained_cfg_overlay=overlay)
     elif folder and (place := _of_transformers(name)) is not None:
         return _with_classes(load_folder(place), options)
@@ -65,6 +69,7 @@ def create(
         model = timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
         noted = labeling_of(model) if initial_checkpoint is None else _labeling_beside(file, classes, model)
         model.labeling = noted  # type: ignore[assignment]
+        getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # of a checkpoint; it has done its work
         return model
     except UserError:
         raise
@@ -239,12 +244,22 @@ def _graph_options(name: str, weights: Path) -> dict[str, Any]:
     }
 
 
+def _is_wrapped(file: Path) -> bool:
+    """Whether transformers' Trainer saved these weights, with a prefix before every name."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return all(key.startswith(_WRAPPER) for key in tensors.keys())  # noqa: SIM118 (safe_open is not a mapping)
+    except (SafetensorError, OSError):  # said where the classes are counted
+        return False
+
+
 def _classes_in(name: str, file: Path, needed: bool = True) -> int:
     """Count the classes of the classifier in a weights file; 0 if there is none, and none is needed."""
     classifier = timm.get_pretrained_cfg_value(name, "classifier")
     try:
         with safe_open(file, "pt") as tensors:
-            for key in (f"{classifier}.weight", f"{classifier}.bias"):
+            names = (f"{prefix}{classifier}.{part}" for prefix in ("", _WRAPPER) for part in ("weight", "bias"))
+            for key in names:
                 if key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     return int(tensors.get_slice(key).get_shape()[0])
     except (SafetensorError, OSError) as error:
