@@ -84,7 +84,7 @@ def test_a_summary_of_the_data_is_printed_and_drawn(places, monkeypatch, capsys,
     words = ["--model", "test_resnet", *TINY, "--data", places, "--output", output / "run"]
     status, printed = command(monkeypatch, capsys, train, *words, "--data-summary", picture)
     assert status == 0, printed.err
-    assert printed.out.startswith(f"data {places}: 12 images to train on, 4 images to evaluate on (20 % of {places}")
+    assert printed.out.startswith(f"data {places}: 12 images to train on, 4 images to evaluate on (25 % of {places}")
     assert "2 classes (bee, cow)" in printed.out
     with Image.open(picture) as drawn:
         assert drawn.size == (640, 564)  # three rows of four
