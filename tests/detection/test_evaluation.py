@@ -141,7 +141,7 @@ def test_the_share_of_a_process_does_not_change_what_is_found(pages):
 def test_an_unreadable_image_leaves_the_modes_as_they_were(tmp_path):
     """Its error ends the evaluation, and a training that goes on must not go on in eval mode."""
     folder = write_coco(tmp_path)
-    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    (tmp_path / "images" / "val1.png").write_bytes(b"no image")
     test = load_detection(folder).test
     detector = make_detector().train()
     detector.backbone.fpn.eval()  # a part may have a mode of its own

@@ -182,7 +182,8 @@ def test_other_ways_to_run(options, tmp_path):
 
 def test_unreadable_images_are_left_out_and_counted(tmp_path):
     folder = Path(write_coco(tmp_path / "data"))
-    (folder / "images" / "2.png").write_bytes(b"no image")
+    for name in ("2.png", "val2.png"):
+        (folder / "images" / name).write_bytes(b"no image")
     options = [*TINY[2:], "--data", folder, "--epochs", 1, "--batch-size", 1, "--train-limit", 3, "--pictures", 1]
     process = run("detect.py", *options, "--output", tmp_path / "stopped")
     assert process.returncode == 2
