@@ -206,3 +206,16 @@ def test_a_row_without_a_split_is_refused(tmp_path):
     )
     with pytest.raises(BadValue, match=r"1 rows of .*list.csv have no split; name one for each row, or leave"):
         load_splits(str(tmp_path / "list.csv"))
+
+
+def test_rows_without_an_image_are_not_taken_for_one_another(tmp_path):
+    pictures(tmp_path)
+    rows = ["file_name,label,split", "0/0.png,0,train", ",1,train", "1/1.png,1,train", "0/2.png,0,val", ",1,val"]
+    (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
+    splits = load_splits(str(tmp_path / "list.csv"))
+    assert (splits.train.size, splits.test.size) == (3, 2)
+    assert splits.left_out == ()
+    image = {"bytes": png(1), "path": None}
+    table = datasets.Dataset.from_dict({"image": [None, image, image, image], "label": [0, 1, 0, 1]})
+    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "train.parquet"))
+    assert load_splits(str(tmp_path / "train.parquet")).train.size == 2

@@ -84,7 +84,7 @@ def _without_held_out(train: Split, test: Split, left_out: list[str]) -> Split:
     learned, held_out = _files_of(train), _files_of(test)
     if learned is None or held_out is None:
         return train
-    evaluated = set(held_out)
+    evaluated = set(held_out) - {""}
     kept = [row for row, file in enumerate(learned) if file not in evaluated]
     if not kept:
         raise BadValue(f"{train.name} and {test.name} hold the same images; give others to evaluate on (--val-data)")
@@ -95,10 +95,13 @@ def _without_held_out(train: Split, test: Split, left_out: list[str]) -> Split:
 
 
 def _files_of(split: Split) -> list[str] | None:
-    """The image files of a split, as the file system has them; None where rows hold their images, or are a stream."""
-    if split.streamed or not split.size or split.rows[0]["image"]["bytes"] is not None:
+    """The image files of a split, as the file system has them, and "" for none; None where rows hold their images."""
+    first = None if split.streamed or not split.size else split.rows[0]["image"]
+    if first is None or first["bytes"] is not None:
         return None
-    return real_paths(image["path"] or "" for image in split.rows.select_columns(["image"])[:]["image"])
+    images = split.rows.select_columns(["image"])[:]["image"]
+    named = [image["path"] if image and image["path"] else "" for image in images]
+    return [path and real for path, real in zip(named, real_paths(named), strict=True)]
 
 
 def _divide(split: Split, fraction: float, seed: int, source: str) -> tuple[Split, Split]:

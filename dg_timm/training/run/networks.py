@@ -64,7 +64,9 @@ def create(
         overlay = dict(**weights, num_classes=classes, url="", hf_hub_id=None)
         options = _graph_options(name, file) | options | dict(pretrained_cfg_overlay=overlay)
     elif folder and (place := _of_transformers(name)) is not None:
-        return _with_classes(load_folder(place), options)
+        model = _with_classes(load_folder(place), options)
+        model.labeling = labeling_in(read_config(place))
+        return model
     try:
         model = timm.create_model(name, pretrained=pretrained or folder or initial_checkpoint is not None, **options)
         noted = labeling_of(model) if initial_checkpoint is None else _labeling_beside(file, classes, model)
